@@ -1,0 +1,87 @@
+"""The anatomy of a model as plain data: which part of which tower every parameter is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TOWERS = ("vision", "text")
+TOWER_PARTS = ("embed", "blocks", "norm", "pool", "proj")
+ROLES = (
+    *(f"{tower}.{part}" for tower in TOWERS for part in TOWER_PARTS),
+    "decoder",
+    "logit_scale",
+    "logit_bias",
+)
+"""Primary roles: every parameter has exactly one."""
+
+TAGS = ("projections", "norms", "biases", "embeddings", "scales", "attn", "mlp")
+"""What may be said of a parameter besides its role: any number of these."""
+
+SLOTS = ("q", "k", "v", "out", "fc1", "fc2")
+"""Products inside a block (or attention pool) that a parameter carries; a fused qkv carries three."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One tensor of the model and its place in it.
+
+    `name` and `shape` are as `named_parameters()` gives them. `block` and `stage` count from 0 within the tower and
+    are None outside `blocks`. `slots` is ("q", "k", "v") for a fused weight or bias, ("q",) for one that stands alone.
+    `fixed` says that the model itself never trains it (sin-cos position embeddings). `aliases` are the other names of
+    a tied tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    role: str
+    block: int | None = None
+    stage: int | None = None
+    tags: frozenset[str] = frozenset()
+    slots: tuple[str, ...] = ()
+    fixed: bool = False
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        total = 1
+        for length in self.shape:
+            total *= length
+        return total
+
+    @property
+    def tower(self) -> str | None:
+        """ "vision", "text", or None for the decoder and the root scalars."""
+        tower, dot, _ = self.role.partition(".")
+        return tower if dot else None
+
+
+@dataclass(frozen=True, slots=True)
+class Tower:
+    """`blocks` are module names in depth order; `stages` gives the stage of each block, or is empty."""
+
+    name: str
+    blocks: tuple[str, ...]
+    stages: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """All parameters of a model in `named_parameters()` order, its towers, and remarks for the user.
+
+    `notes` are facts that `clipfreeze roles` prints, such as which part stands in for a missing projection.
+    """
+
+    model: str
+    family: str
+    parameters: tuple[Parameter, ...]
+    towers: tuple[Tower, ...]
+    notes: tuple[str, ...] = ()
+
+    def tower(self, name: str) -> Tower:
+        """The tower of that name; raises KeyError when the model has none."""
+        for tower in self.towers:
+            if tower.name == name:
+                return tower
+        raise KeyError(name)

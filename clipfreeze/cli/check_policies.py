@@ -1,0 +1,47 @@
+"""`clipfreeze check POLICY...`"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from clipfreeze.cli.common import Format, FormatOption, SetOption, anatomy_of, knob_settings, plan_for, print_json
+from clipfreeze.errors import ClipfreezeError, PolicyError, Problem
+from clipfreeze.policy.load import load_policy
+
+
+def run(
+    policies: Annotated[list[str], typer.Argument(metavar="POLICY...", help="built-in names or policy files")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", metavar="MODEL", help="also resolve on this model")
+    ] = None,
+    settings: SetOption = [],  # noqa: B006 - typer reads it, nobody writes it
+    format: FormatOption = Format.table,  # noqa: A002 - the option's name
+) -> None:
+    """Check policies, all problems at once; with --model also against a model."""
+    knobs = knob_settings(settings)
+    anatomy = anatomy_of(model) if model else None
+    problems: list[Problem] = []
+    answers = []
+    for policy in policies:
+        try:
+            if anatomy is None:
+                load_policy(policy, **knobs)
+                warnings: tuple[str, ...] = ()
+            else:
+                warnings = plan_for(policy, anatomy, knobs).warnings
+            answers.append({"policy": policy, "ok": True, "warnings": list(warnings)})
+        except ClipfreezeError as error:
+            problems.extend(error.problems)
+            answers.append({"policy": policy, "ok": False, "problems": [str(problem) for problem in error.problems]})
+    if format is Format.json:
+        print_json(answers)
+    else:
+        for answer in answers:
+            if answer["ok"]:
+                print(f"{answer['policy']}: ok" + (f" on {anatomy.model}" if anatomy else ""))
+                for warning in answer["warnings"]:  # type: ignore[attr-defined]
+                    print(f"  warning: {warning}")
+    if problems:
+        raise PolicyError(problems)

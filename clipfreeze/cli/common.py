@@ -1,0 +1,87 @@
+"""Arguments and output that verbs share."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clipfreeze.errors import ClipfreezeError, PolicyError, Problem
+from clipfreeze.policy.knobs import KnobValue, parse_value
+
+if TYPE_CHECKING:
+    from clipfreeze.anatomy.parts import Anatomy
+    from clipfreeze.plan.value import Plan
+
+PREVIEW_MODEL = "ViT-B-32"
+
+
+class Format(str, Enum):
+    """How to print: a table for people, JSON for programs."""
+
+    table = "table"
+    json = "json"
+
+
+PolicyArgument = Annotated[str, typer.Argument(metavar="POLICY", help="a built-in policy's name, or a policy file")]
+ModelOption = Annotated[
+    str,
+    typer.Option("--model", "-m", metavar="MODEL", help="an open_clip name, local-dir:FOLDER, hf-hub:NAME, or demo"),
+]
+SetOption = Annotated[list[str], typer.Option("--set", metavar="KNOB=VALUE", help="set a knob; may be repeated")]
+FormatOption = Annotated[Format, typer.Option("--format", help="how to print")]
+
+
+def knob_settings(settings: Iterable[str]) -> dict[str, KnobValue]:
+    """`--set` options as knobs; a value is read as TOML, else as text."""
+    knobs: dict[str, KnobValue] = {}
+    problems = []
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name.strip() or not value.strip():
+            problems.append(Problem(f"--set {setting}", "write --set knob=value"))
+        else:
+            knobs[name.strip()] = parse_value(value.strip())
+    if problems:
+        raise PolicyError(problems)
+    return knobs
+
+
+def anatomy_of(model: str) -> Anatomy:
+    """The anatomy of a model by name, built on the meta device without weights."""
+    from clipfreeze import models
+    from clipfreeze.anatomy.partition import describe
+
+    name = models.canonical_name(model)
+    return describe(models.build_on_meta(name), model if model == "demo" else name)
+
+
+def plan_for(policy: str, anatomy: Anatomy, knobs: dict[str, KnobValue]) -> Plan:
+    """The plan of a policy by name, its optimizer and schedule checked by name and options too."""
+    from clipfreeze.optim.checks import check_optimizer
+    from clipfreeze.plan.build import resolve
+    from clipfreeze.policy.load import load_policy
+
+    loaded = load_policy(policy, **knobs)
+    problems: list[Problem] = []
+    plan = None
+    try:
+        plan = resolve(loaded, anatomy)
+    except ClipfreezeError as error:
+        problems.extend(error.problems)
+    problems.extend(check_optimizer(loaded))
+    if problems or plan is None:
+        raise PolicyError(problems)
+    return plan
+
+
+def print_json(value: Any) -> None:
+    """JSON alone on stdout. Pydantic values write themselves."""
+    if hasattr(value, "model_dump_json"):
+        sys.stdout.write(value.model_dump_json(indent=2) + "\n")
+    else:
+        sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

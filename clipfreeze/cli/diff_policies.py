@@ -1,0 +1,42 @@
+"""`clipfreeze diff A B`"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from clipfreeze.cli.common import (
+    PREVIEW_MODEL,
+    Format,
+    FormatOption,
+    ModelOption,
+    anatomy_of,
+    knob_settings,
+    plan_for,
+    print_json,
+)
+
+PolicyOrKnobs = Annotated[str, typer.Argument(metavar="POLICY", help="a built-in policy's name, or a policy file")]
+
+
+def run(
+    one: PolicyOrKnobs,
+    other: PolicyOrKnobs,
+    model: ModelOption = PREVIEW_MODEL,
+    settings: Annotated[
+        list[str], typer.Option("--set", metavar="KNOB=VALUE", help="set a knob of the second policy; may be repeated")
+    ] = [],  # noqa: B006 - typer reads it, nobody writes it
+    format: FormatOption = Format.table,  # noqa: A002 - the option's name
+) -> None:
+    """Show what two policies do differently on a model."""
+    from clipfreeze.plan.diff import differences
+    from clipfreeze.plan.tables import difference_table
+
+    anatomy = anatomy_of(model)
+    plans = plan_for(one, anatomy, {}), plan_for(other, anatomy, knob_settings(settings))
+    found = list(differences(*plans))
+    if format is Format.json:
+        print_json([difference.model_dump(mode="json") for difference in found])
+    else:
+        print(difference_table(found, (one, other)))

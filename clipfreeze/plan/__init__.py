@@ -1,0 +1,1 @@
+"""A policy meets an anatomy: the plan, and ways to look at it."""

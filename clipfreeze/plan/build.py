@@ -1,0 +1,319 @@
+"""A policy and an anatomy in, the plan out: no weight is read or touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from clipfreeze.anatomy.parts import TOWER_PARTS, Anatomy, Parameter
+from clipfreeze.errors import PlanError, Problem
+from clipfreeze.plan.cascade import Decisions, Speech, decide, winner
+from clipfreeze.plan.lint import lint
+from clipfreeze.plan.match import Matcher
+from clipfreeze.plan.value import (
+    Claim,
+    Estimate,
+    ModelFacts,
+    Plan,
+    PlannedGroup,
+    PlannedParameter,
+    PolicyFacts,
+    RuleReport,
+    Totals,
+)
+from clipfreeze.policy.load import PlacedRule, Policy
+from clipfreeze.policy.patterns import PatternError
+from clipfreeze.policy.schema import SETTINGS, TRAINING_SETTINGS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+_STATE_TENSORS = {
+    **dict.fromkeys(("adam", "adamw", "nadam", "nadamw", "radam", "adamax", "lamb", "adan"), 2),
+    **dict.fromkeys(("lion", "rmsprop", "adagrad"), 1),
+}
+"""Tensors of a parameter's size that an optimizer keeps; SGD's depends on its momentum."""
+
+
+def resolve(policy: Policy, model: nn.Module | Anatomy) -> Plan:
+    """What `policy` does to `model`, which may be real, on the meta device, or its anatomy alone; changes nothing.
+
+    Raises PlanError with all problems found (a pattern or rule without effect, a setting on what stays frozen,
+    nothing that trains), ModelError where the model has parts without a name.
+    """
+    if isinstance(model, Anatomy):
+        anatomy = model
+    else:
+        from clipfreeze.anatomy.partition import describe
+
+        anatomy = describe(model)
+    return _Resolution(policy, anatomy).plan()
+
+
+class _Resolution:
+    def __init__(self, policy: Policy, anatomy: Anatomy) -> None:
+        self.policy, self.anatomy = policy, anatomy
+        self.problems: list[Problem] = []
+        self.warnings: list[str] = []
+        self.rules = policy.rules
+        self.matched = self._matched()
+        speeches = [
+            Speech(number, rule.rule.said(), matched)
+            for number, (rule, matched) in enumerate(zip(self.rules, self.matched, strict=True), start=1)
+            if rule.active
+        ]
+        self.decisions = decide(len(anatomy.parameters), speeches)
+
+    def plan(self) -> Plan:
+        decided = self._decided()
+        self._check_effects(decided)
+        if self.problems:
+            raise PlanError(self.problems)
+        parameters = tuple(
+            self._planned(parameter, decisions)
+            for parameter, decisions in zip(self.anatomy.parameters, self.decisions, strict=True)
+        )
+        if self.problems:
+            raise PlanError(self.problems)
+        trainable = [parameter for parameter in parameters if parameter.trainable]
+        if not trainable:
+            raise PlanError(self._nothing_trains())
+        total, trains = sum(p.size for p in parameters), sum(p.size for p in trainable)
+        plan = Plan(
+            policy=PolicyFacts(name=self.policy.name, sources=self.policy.sources, params=dict(self.policy.params)),
+            model=ModelFacts(name=self.anatomy.model, family=self.anatomy.family, parameters=total),
+            totals=Totals(parameters=total, trainable=trains, injected=0, frozen=total - trains),
+            parameters=parameters,
+            groups=tuple(_groups(trainable)),
+            optimizer=self.policy.optimizer,
+            schedule=self.policy.schedule,
+            rules=tuple(
+                RuleReport(
+                    rule=number,
+                    source=rule.source,
+                    match=rule.rule.match,
+                    says=rule.rule.said(),
+                    active=rule.active,
+                    matched=len(matched),
+                    decided=len(decided[number - 1]),
+                )
+                for number, (rule, matched) in enumerate(zip(self.rules, self.matched, strict=True), start=1)
+            ),
+            frontier={tower.name: _frontier(tower.name, trainable) for tower in self.anatomy.towers},
+            estimate=_estimate(parameters, self.policy),
+        )
+        return plan.model_copy(update={"warnings": (*self.warnings, *lint(plan, self.anatomy))})
+
+    def _matched(self) -> list[frozenset[int]]:
+        """What each rule matches; nothing for one that is switched off."""
+        matcher = Matcher(self.anatomy)
+        matched = []
+        for rule in self.rules:
+            taken: frozenset[int] = frozenset()
+            if rule.active:
+                for pattern in rule.rule.match:
+                    taken |= self._select(matcher, rule, pattern)
+                for pattern in rule.rule.exclude:
+                    taken -= self._select(matcher, rule, pattern)
+            matched.append(taken)
+        return matched
+
+    def _select(self, matcher: Matcher, rule: PlacedRule, pattern: str) -> frozenset[int]:
+        try:
+            taken = matcher.select(pattern)
+        except PatternError as error:
+            if not (rule.rule.optional and error.out_of_range):
+                self._problem(rule, str(error), error.fix)
+            return frozenset()
+        if not taken and not rule.rule.optional and not matcher.is_empty_by_count(pattern):
+            what = f"{pattern!r} matches nothing in {self.anatomy.model}"
+            self._problem(rule, what, matcher.nearest_right(pattern) + " (optional = true to let it pass)")
+        return taken
+
+    def _problem(self, rule: PlacedRule, what: str, fix: str | None) -> None:
+        self.problems.append(Problem(what, fix, rule.path, rule.line))
+
+    def _decided(self) -> list[dict[int, set[str]]]:
+        """Of each rule, the parameters of which it decides something, and what."""
+        decided: list[dict[int, set[str]]] = [{} for _ in self.rules]
+        for index, decisions in enumerate(self.decisions):
+            for setting in decisions:
+                if word := winner(decisions, setting):
+                    decided[word.rule - 1].setdefault(index, set()).add(setting)
+        return decided
+
+    def _check_effects(self, decided: list[dict[int, set[str]]]) -> None:
+        """No rule may be without effect: outvoted on all it matches, or tuning what stays frozen.
+
+        A later *file* that outvotes an earlier one is what `extends` is for, so only rules of one file are compared.
+        """
+        for number, (rule, matched) in enumerate(zip(self.rules, self.matched, strict=True), start=1):
+            if not matched or rule.rule.optional:
+                continue
+            if not decided[number - 1]:
+                over = {self._last_word(index, rule) for index in matched}
+                if all(self.rules[other - 1].path == rule.path for other in over):
+                    where = ", ".join(f"line {self.rules[other - 1].line}" for other in sorted(over))
+                    what = f"this rule decides nothing: later rules ({where}) say otherwise of all it matches"
+                    self._problem(rule, what, "take it out, or move it below them")
+                continue
+            for setting in rule.rule.said():
+                of = [index for index, settings in decided[number - 1].items() if setting in settings]
+                if setting in TRAINING_SETTINGS and of and not any(self._trains(index) for index in of):
+                    self._check_idle(rule, setting, of)
+                if (
+                    rule.rule.dropout
+                    and setting == "dropout"
+                    and (other := [i for i in of if not self._takes_dropout(i)])
+                ):
+                    name = self.anatomy.parameters[other[0]].name
+                    self._problem(rule, f"dropout on {name}, which is no projection", 'write match = "@projections"')
+
+    def _takes_dropout(self, index: int) -> bool:
+        return self.anatomy.parameters[index].role.endswith(".proj")
+
+    def _last_word(self, index: int, rule: PlacedRule) -> int:
+        """The last rule to outvote `rule` on some setting of a parameter."""
+        settings = ("train" if setting == "freeze" else setting for setting in rule.rule.said())
+        words = [self.decisions[index][setting][-1] for setting in settings]
+        if "lr_scale" in rule.rule.said() and "lr" in self.decisions[index]:
+            words.append(self.decisions[index]["lr"][-1])
+        return max(word.rule for word in words)
+
+    def _check_idle(self, rule: PlacedRule, setting: str, of: list[int]) -> None:
+        freezers = {winner(self.decisions[index], "train") for index in of}
+        places = {self.rules[word.rule - 1] if word else None for word in freezers}
+        if any(place is not None and place.path != rule.path for place in places):
+            return
+        names = [self.anatomy.parameters[index].name for index in of]
+        shown = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        by = ", ".join(f"line {place.line}" if place else "the policy's default" for place in places)
+        self._problem(rule, f"{setting} on what stays frozen: {shown} (by {by})", "add train = true, or take it out")
+
+    def _trains(self, index: int) -> bool:
+        if self.anatomy.parameters[index].fixed:
+            return False
+        word = winner(self.decisions[index], "train")
+        return bool(word.value) if word else self.policy.default == "train"
+
+    def _planned(self, parameter: Parameter, decisions: Decisions) -> PlannedParameter:
+        values = {setting: word.value for setting in decisions if (word := winner(decisions, setting))}
+        trainable = not parameter.fixed and values.get("train", self.policy.default == "train")
+        common: dict[str, Any] = {
+            "name": parameter.name,
+            "shape": parameter.shape,
+            "dtype": parameter.dtype,
+            "role": parameter.role,
+            "block": parameter.block,
+            "trainable": trainable,
+            "fixed": parameter.fixed,
+            "init": values.get("init"),
+            "claims": tuple(self._claims(decisions)),
+        }
+        if not trainable:
+            return PlannedParameter(**common)
+        schedule = values.get("schedule")
+        schedule = None if schedule == self.policy.schedule.name else schedule
+        lr = self._lr(parameter, values)
+        weight_decay = values.get("weight_decay", self.policy.optimizer.weight_decay)
+        return PlannedParameter(
+            **common,
+            lr=lr,
+            weight_decay=weight_decay,
+            schedule=schedule,
+            clamp=values.get("clamp"),
+            l2sp=values.get("l2sp") or None,
+            dropout=values.get("dropout") or None,
+            group=_group_name(lr, weight_decay, schedule),
+        )
+
+    def _lr(self, parameter: Parameter, values: dict[str, Any]) -> float:
+        lr = values.get("lr", self.policy.optimizer.lr)
+        if lr is None:
+            path, _, line = self.policy.optimizer_source.rpartition(":")
+            problem = Problem(f"{parameter.name} trains and has no lr", "write lr under [optimizer]", path, int(line))
+            if not self.problems:  # one is enough: the fix is the same for all
+                self.problems.append(problem)
+            return 0.0
+        scaled: float = lr * values.get("lr_scale", 1.0)
+        if "layer_decay" in values:
+            scaled *= values["layer_decay"] ** _blocks_above(parameter, self.anatomy)
+        return float(f"{scaled:.12g}")
+
+    def _claims(self, decisions: Decisions) -> Iterator[Claim]:
+        for setting in ("train", *SETTINGS[2:]):
+            words = decisions.get(setting, [])
+            best = winner(decisions, setting)
+            for word in words:
+                yield Claim.model_construct(
+                    setting=setting,
+                    value=word.value,
+                    rule=word.rule,
+                    source=self.rules[word.rule - 1].source,
+                    wins=word is best,
+                )
+
+    def _nothing_trains(self) -> Problem:
+        rules = {word.rule for decisions in self.decisions if (word := winner(decisions, "train"))}
+        path, _, line = self.policy.default_source.rpartition(":")
+        if rules:
+            last = self.rules[max(rules) - 1]
+            path, line = last.path, str(last.line)
+            what = f"nothing trains: this rule freezes {', '.join(last.rule.match)}"
+        else:
+            what = f"nothing trains: no rule says train = true, and default is {self.policy.default!r}"
+        return Problem(what, "add a rule with train = true after it", path, int(line))
+
+
+def _blocks_above(parameter: Parameter, anatomy: Anatomy) -> int:
+    """Steps of layer decay: 0 past the last block, 1 in it, one more before the first (BEiT, arXiv 2106.08254)."""
+    if parameter.tower is None:
+        return 0
+    count = len(anatomy.tower(parameter.tower).blocks)
+    if parameter.block is not None:
+        return count - parameter.block
+    return count + 1 if parameter.role.endswith(".embed") else 0
+
+
+def _group_name(lr: float, weight_decay: float, schedule: str | None) -> str:
+    return f"lr={lr:g} wd={weight_decay:g}" + (f" {schedule}" if schedule else "")
+
+
+def _groups(trainable: list[PlannedParameter]) -> Iterator[PlannedGroup]:
+    members: dict[tuple[float, float, str | None], list[PlannedParameter]] = {}
+    for parameter in trainable:
+        assert parameter.lr is not None
+        assert parameter.weight_decay is not None
+        members.setdefault((parameter.lr, parameter.weight_decay, parameter.schedule), []).append(parameter)
+    for (lr, weight_decay, schedule), group in members.items():
+        yield PlannedGroup(
+            name=_group_name(lr, weight_decay, schedule),
+            lr=lr,
+            weight_decay=weight_decay,
+            schedule=schedule,
+            tensors=len(group),
+            parameters=sum(parameter.size for parameter in group),
+        )
+
+
+def _frontier(tower: str, trainable: list[PlannedParameter]) -> str | None:
+    """The first part of the tower, in the order of a forward pass, in which something trains."""
+    for part in TOWER_PARTS:
+        here = [parameter for parameter in trainable if parameter.role == f"{tower}.{part}"]
+        if here and part == "blocks":
+            return f"{tower}.blocks[{min(p.block for p in here if p.block is not None)}]"
+        if here:
+            return f"{tower}.{part}"
+    return None
+
+
+def _estimate(parameters: tuple[PlannedParameter, ...], policy: Policy) -> Estimate:
+    gradients = sum(p.size * _BYTES.get(p.dtype, 4) for p in parameters if p.trainable)
+    name = policy.optimizer.name.lower()
+    states = (1 if policy.optimizer.options.get("momentum") else 0) if name == "sgd" else _STATE_TENSORS.get(name)
+    return Estimate(
+        weights=sum(p.size * _BYTES.get(p.dtype, 4) for p in parameters),
+        gradients=gradients,
+        optimizer=None if states is None else states * gradients,
+    )

@@ -1,0 +1,77 @@
+"""What is legal and probably not meant: warnings on a plan."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from clipfreeze.anatomy.parts import Anatomy
+from clipfreeze.plan.value import Plan
+
+HIGHEST_TOWER_LR = 1e-4
+"""Past this, Adam-like steps undo what a pretrained tower knows: 5e-5 already harms a ViT (arXiv 2212.00638)."""
+
+PUBLISHED_FROM = 50_000_000
+"""Published rates are for models from ViT-B/32's size up; a much smaller one takes larger steps."""
+
+_LOOSE_NUMBER = re.compile(r"\.(\d+)\*")
+
+
+def lint(plan: Plan, anatomy: Anatomy) -> Iterator[str]:
+    """Warnings, each one line with its place where it has one."""
+    yield from _loose_numbers(plan)
+    yield from _high_rates(plan)
+    yield from _unreached(plan)
+    yield from _dear_embeddings(plan, anatomy)
+    yield from _fixed(plan)
+
+
+def _loose_numbers(plan: Plan) -> Iterator[str]:
+    """`resblocks.1*` takes 1, 10 and 11."""
+    for report in plan.rules:
+        for pattern in report.match if report.active else ():
+            for loose in _LOOSE_NUMBER.finditer(pattern):
+                stem = re.compile(re.escape(pattern[: loose.start()]).replace(r"\*", ".*") + r"\.(\d+)\.")
+                numbers = {found[1] for p in plan.parameters if (found := stem.match(p.name))}
+                taken = sorted((n for n in numbers if n.startswith(loose[1])), key=int)
+                if len(taken) > 1:
+                    alone = pattern[: loose.end() - 1] + ".*"
+                    yield (
+                        f"{report.source}: {pattern!r} takes {', '.join(taken)}; {alone!r} would take {loose[1]} alone"
+                    )
+
+
+def _high_rates(plan: Plan) -> Iterator[str]:
+    if plan.optimizer.name.lower() == "sgd" or plan.model.parameters < PUBLISHED_FROM:
+        return
+    high = [p for p in plan.trainable if p.role.endswith((".embed", ".blocks")) and (p.lr or 0) > HIGHEST_TOWER_LR]
+    if high:
+        fastest = max(high, key=lambda p: p.lr or 0)
+        source = next((claim.source for claim in fastest.claims if claim.setting == "lr" and claim.wins), None)
+        place = f"{source}: " if source else ""
+        yield (
+            f"{place}lr {fastest.lr:g} on {fastest.name} is above what fine-tuned towers take "
+            f"(1e-6 to {HIGHEST_TOWER_LR:g})"
+        )
+
+
+def _unreached(plan: Plan) -> Iterator[str]:
+    decoder = sum(p.size for p in plan.trainable if p.role == "decoder")
+    if decoder:
+        yield f"the decoder trains ({decoder:,} parameters), and the contrastive loss does not reach it"
+
+
+def _dear_embeddings(plan: Plan, anatomy: Anatomy) -> Iterator[str]:
+    """A lone parameter before the blocks makes backward cross them all."""
+    for tower in anatomy.towers:
+        embed = [p for p in plan.trainable if p.role == f"{tower.name}.embed"]
+        blocks = {p.block for p in plan.trainable if p.role == f"{tower.name}.blocks"}
+        if embed and tower.blocks and 0 not in blocks:
+            yield f"{embed[0].name} trains, so backward crosses all {len(tower.blocks)} {tower.name} blocks"
+
+
+def _fixed(plan: Plan) -> Iterator[str]:
+    for parameter in plan.parameters:
+        asked = any(claim.setting == "train" and claim.value and claim.wins for claim in parameter.claims)
+        if parameter.fixed and asked:
+            yield f"{parameter.name} stays as it is: the model itself never trains it"

@@ -1,0 +1,213 @@
+"""Plans, explanations and differences as text for a terminal; equal neighbours share a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import Any, TypeVar
+
+from tabulate import tabulate
+
+from clipfreeze.anatomy.parts import SLOTS, TAGS, TOWER_PARTS, TOWERS, Anatomy, Parameter
+from clipfreeze.plan.diff import Difference
+from clipfreeze.plan.value import Plan, PlannedParameter, RuleReport
+
+Placed = TypeVar("Placed", PlannedParameter, Difference, Parameter)
+
+
+def plan_table(plan: Plan) -> str:
+    """The whole plan: parts, rules, groups, frontier, memory, warnings."""
+    totals = plan.totals
+    share = 100 * totals.trainable / totals.parameters
+    lines = [
+        f"{plan.policy.name} on {plan.model.name} ({plan.model.family}): "
+        f"{totals.trainable:,} of {totals.parameters:,} parameters train ({share:.3g} %)",
+        f"policy  {' + '.join(plan.policy.sources)}" + _knobs(plan.policy.params),
+        "",
+        grid(_part_rows(plan.parameters), ("part", "tensors", "parameters", "trains", "lr", "weight decay", "also")),
+        "",
+        grid(map(_rule_row, plan.rules), ("rule", "matches", "says", "matched", "decided")),
+        "",
+        grid(
+            (
+                (g.name, f"{g.lr:g}", f"{g.weight_decay:g}", g.schedule or "", g.tensors, f"{g.parameters:,}")
+                for g in plan.groups
+            ),
+            ("param group", "lr", "weight decay", "schedule", "tensors", "parameters"),
+        ),
+        "",
+        f"optimizer  {plan.optimizer.name}{_options(plan.optimizer.options)}; "
+        f"schedule {plan.schedule.name}, warmup {_warmup(plan.schedule.warmup)}{_options(plan.schedule.options)}",
+        "backward   " + "; ".join(_frontier(tower, part) for tower, part in plan.frontier.items()),
+        f"memory     weights {_megabytes(plan.estimate.weights)}, gradients {_megabytes(plan.estimate.gradients)}, "
+        f"optimizer {_megabytes(plan.estimate.optimizer)}",
+        *(f"warning: {warning}" for warning in plan.warnings),
+    ]
+    return "\n".join(lines)
+
+
+def explanation_table(parameters: Sequence[PlannedParameter]) -> str:
+    """Of each parameter, every setting with the claim that won and those that lost."""
+    return "\n\n".join(map(_explained, parameters))
+
+
+def difference_table(found: Sequence[Difference], names: tuple[str, str]) -> str:
+    """Where two plans differ, part by part."""
+    rows = [(part, len(members), _changes(members)) for part, members in _folded(found, _changes)]
+    return grid(rows, ("part", "tensors", f"{names[0]} -> {names[1]}")) if rows else "no difference"
+
+
+def anatomy_table(anatomy: Anatomy) -> str:
+    """The roles of a model: parts with their parameters, then what else can be said of them."""
+    parts = [
+        (f"@{part}", len(members), f"{sum(p.size for p in members):,}", members[0].name)
+        for part, members in _folded(anatomy.parameters, lambda part: len(part))
+    ]
+    tags = []
+    for word in (*TAGS, *SLOTS):
+        found = [p for p in anatomy.parameters if word in p.tags or word in p.slots]
+        if found:
+            tags.append((f"@{word}", len(found), f"{sum(p.size for p in found):,}", found[0].name))
+    stages = [f"{tower.name} has {len(set(tower.stages))} stages" for tower in anatomy.towers if tower.stages]
+    counts = [f"{len(tower.blocks)} {tower.name} blocks" for tower in anatomy.towers]
+    headers = ("tensors", "parameters", "first")
+    return "\n".join(
+        (
+            f"{anatomy.model} ({anatomy.family}): {', '.join(counts + stages)}",
+            "",
+            grid(parts, ("role", *headers)),
+            "",
+            grid(tags, ("also", *headers)),
+            *("note: " + note for note in anatomy.notes),
+        )
+    )
+
+
+def _changes(part: Sequence[Difference]) -> str:
+    settings = dict.fromkeys(setting for difference in part for setting in difference.settings)
+    told = []
+    for setting in settings:
+        pairs = dict.fromkeys(d.settings[setting] for d in part if setting in d.settings)
+        told.append(f"{setting} " + ", ".join(f"{_word(one)} -> {_word(other)}" for one, other in pairs))
+    return "; ".join(told)
+
+
+def _explained(parameter: PlannedParameter) -> str:
+    head = f"{parameter.name}  {tuple(parameter.shape)}  @{parameter.role}"
+    if parameter.block is not None:
+        head += f"[{parameter.block}]"
+    state = f"trains, lr {parameter.lr:g}, weight decay {parameter.weight_decay:g}" if parameter.trainable else "frozen"
+    if parameter.fixed:
+        state += ", as the model itself has it"
+    rows = [
+        (claim.setting, _word(claim.value), claim.source, "wins" if claim.wins else "outvoted")
+        for claim in parameter.claims
+    ]
+    return f"{head}: {state}\n" + (
+        grid(rows, ("setting", "value", "said at", "")) if rows else "  no rule speaks of it"
+    )
+
+
+def _part_rows(parameters: Iterable[PlannedParameter]) -> Iterator[tuple[Any, ...]]:
+    for name, members in _folded(parameters, _treatment):
+        yield (name, len(members), f"{sum(p.size for p in members):,}", *_state(members))
+
+
+def _folded(items: Iterable[Placed], treatment: Callable[[list[Placed]], Any]) -> Iterator[tuple[str, list[Placed]]]:
+    """Parts in the order of a forward pass with their members; neighbouring blocks that are treated alike are one."""
+    parts: dict[tuple[str, int | None], list[Placed]] = {}
+    for item in sorted(items, key=_forward_order):
+        parts.setdefault((item.role, item.block), []).append(item)
+    for (role, _), run in groupby(parts.items(), key=lambda part: (part[0][0], treatment(part[1]))):
+        keys, members = zip(*run, strict=True)
+        blocks = [block for _, block in keys if block is not None]
+        span = "" if not blocks else f"[{blocks[0]}]" if len(blocks) == 1 else f"[{blocks[0]}:{blocks[-1] + 1}]"
+        yield role + span, [item for part in members for item in part]
+
+
+def _forward_order(item: PlannedParameter | Difference | Parameter) -> tuple[int, int, int]:
+    tower, _, part = item.role.partition(".")
+    return (
+        TOWERS.index(tower) if tower in TOWERS else len(TOWERS),
+        TOWER_PARTS.index(part) if part else 0,
+        item.block or 0,
+    )
+
+
+def _treatment(part: list[PlannedParameter]) -> tuple[Any, ...]:
+    return tuple(sorted({(p.trainable, p.lr or 0.0, p.weight_decay or 0.0, _also(p)) for p in part}))
+
+
+def _state(part: list[PlannedParameter]) -> tuple[str, str, str, str]:
+    training = [p for p in part if p.trainable]
+    if not training:
+        return "frozen", "", "", _join(_also(p) for p in part)
+    size = sum(p.size for p in training)
+    return (
+        "all" if len(training) == len(part) else f"{size:,} in {len(training)} tensors",
+        _join(f"{p.lr:g}" for p in training),
+        _join(f"{p.weight_decay:g}" for p in training),
+        _join(_also(p) for p in part),
+    )
+
+
+def _also(parameter: PlannedParameter) -> str:
+    told = {
+        "schedule": parameter.schedule,
+        "init": parameter.init,
+        "clamp": parameter.clamp,
+        "l2sp": parameter.l2sp,
+        "dropout": parameter.dropout,
+    }
+    return ", ".join(f"{name} {_word(value)}" for name, value in told.items() if value is not None)
+
+
+def _join(words: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(word for word in words if word))
+
+
+def _rule_row(report: RuleReport) -> tuple[Any, ...]:
+    says = ", ".join(name if value is True else f"{name} {_word(value)}" for name, value in report.says.items())
+    if not report.active:
+        return report.source, _short(report.match), "off", "", ""
+    return report.source, _short(report.match), says, report.matched, report.decided
+
+
+def _short(patterns: Sequence[str]) -> str:
+    shown = ", ".join(patterns[:3])
+    return shown if len(patterns) <= 3 else f"{shown}, and {len(patterns) - 3} more"
+
+
+def _word(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(map(_word, value)) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _knobs(params: dict[str, Any]) -> str:
+    return "\nknobs   " + " ".join(f"{name}={_word(value)}" for name, value in params.items()) if params else ""
+
+
+def _options(options: dict[str, Any]) -> str:
+    return "".join(f", {name} {_word(value)}" for name, value in options.items())
+
+
+def _warmup(warmup: int | str) -> str:
+    return f"{warmup} steps" if isinstance(warmup, int) else warmup
+
+
+def _frontier(tower: str, part: str | None) -> str:
+    if part is None:
+        return f"never enters the {tower} tower"
+    return f"stops at {part}" if not part.endswith(".embed") else f"crosses the whole {tower} tower"
+
+
+def _megabytes(count: int | None) -> str:
+    return "not known" if count is None else f"{count / 1e6:,.1f} MB"
+
+
+def grid(rows: Iterable[Sequence[Any]], headers: Sequence[str]) -> str:
+    """Rows under their headers, as they are."""
+    return str(tabulate(list(rows), headers=headers, disable_numparse=True))

@@ -1,0 +1,136 @@
+"""The plan: what a policy does to a model, parameter by parameter, readable before anything changes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from clipfreeze.policy.schema import Optimizer, Schedule
+
+Value = bool | int | float | str | tuple[float, float]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Claim(_Value):
+    """One rule's word on one setting of one parameter."""
+
+    setting: str
+    value: Value
+    rule: int = Field(description="number of the rule in the policy, from 1; 0 for the policy's own default")
+    source: str = Field(description="file:line")
+    wins: bool
+
+
+class PlannedParameter(_Value):
+    """What becomes of one parameter. `lr`, `weight_decay` and `group` are null where it does not train."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    role: str
+    block: int | None = Field(None, description="index of its block in its tower, from 0")
+    origin: Literal["model"] = "model"
+    trainable: bool
+    fixed: bool = Field(False, description="the model itself never trains it")
+    lr: float | None = None
+    weight_decay: float | None = None
+    schedule: str | None = Field(None, description="null: the policy's")
+    init: float | str | None = None
+    clamp: tuple[float, float] | None = None
+    l2sp: float | None = None
+    dropout: float | None = None
+    group: str | None = None
+    claims: tuple[Claim, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        total = 1
+        for length in self.shape:
+            total *= length
+        return total
+
+
+class PlannedGroup(_Value):
+    """One param group of the optimizer."""
+
+    name: str
+    lr: float
+    weight_decay: float
+    schedule: str | None = Field(None, description="null: the policy's")
+    tensors: int
+    parameters: int
+
+
+class RuleReport(_Value):
+    """What one rule came to: how many parameters it matched, and of how many it decided some setting."""
+
+    rule: int
+    source: str
+    match: tuple[str, ...]
+    says: dict[str, Value]
+    active: bool = Field(description="false: switched off by its `when`")
+    matched: int
+    decided: int
+
+
+class PolicyFacts(_Value):
+    name: str
+    sources: tuple[str, ...]
+    params: dict[str, bool | int | float | str]
+
+
+class ModelFacts(_Value):
+    name: str
+    family: str
+    parameters: int
+
+
+class Totals(_Value):
+    """Numbers of elements. `fixed` ones are among the frozen."""
+
+    parameters: int
+    trainable: int
+    injected: int
+    frozen: int
+
+
+class Estimate(_Value):
+    """Bytes; `optimizer` is null for an optimizer whose state we do not know."""
+
+    weights: int
+    gradients: int
+    optimizer: int | None
+
+
+class Plan(_Value):
+    """A policy resolved against a model's anatomy; JSON both ways by `model_dump_json` and `model_validate_json`."""
+
+    policy: PolicyFacts
+    model: ModelFacts
+    totals: Totals
+    parameters: tuple[PlannedParameter, ...]
+    groups: tuple[PlannedGroup, ...]
+    optimizer: Optimizer
+    schedule: Schedule
+    rules: tuple[RuleReport, ...]
+    frontier: dict[str, str | None] = Field(
+        description="of each tower, the name of the first part that trains: backward stops there"
+    )
+    estimate: Estimate
+    phases: tuple[Any, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def trainable(self) -> tuple[PlannedParameter, ...]:
+        """The parameters that train, in the model's order."""
+        return tuple(parameter for parameter in self.parameters if parameter.trainable)
+
+    def __str__(self) -> str:
+        from clipfreeze.plan.tables import plan_table  # the plan is a value; showing it is another matter
+
+        return plan_table(self)

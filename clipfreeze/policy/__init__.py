@@ -1,0 +1,1 @@
+"""The policy language: files to a Policy. Needs no torch."""

@@ -1,0 +1,447 @@
+"""Policy files to a Policy: extends, knobs, conditions and types, with every problem of the files in one answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli
+from pydantic import BaseModel, ValidationError
+
+from clipfreeze.errors import PolicyError, Problem, did_you_mean
+from clipfreeze.policy.knobs import KnobError, KnobValue, is_on, knob_values, references, substitute
+from clipfreeze.policy.lines import Where, key_lines, line_of
+from clipfreeze.policy.schema import SETTINGS, Knob, Optimizer, PolicyFile, Rule, Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedRule:
+    """A rule with its knobs put in, and where it stands. `active` is false where its `when` switches it off."""
+
+    rule: Rule
+    path: str
+    line: int
+    active: bool
+
+    @property
+    def source(self) -> str:
+        """`file:line`."""
+        return f"{self.path}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A policy ready to resolve: its parents' rules first, then its own; all knobs have values."""
+
+    name: str
+    summary: str
+    default: Literal["freeze", "train"]
+    default_source: str
+    knobs: Mapping[str, Knob]
+    params: Mapping[str, KnobValue]
+    rules: tuple[PlacedRule, ...]
+    optimizer: Optimizer
+    optimizer_source: str
+    schedule: Schedule
+    schedule_source: str
+    sources: tuple[str, ...]
+
+
+def load_policy(source: str | Path, /, **knobs: KnobValue) -> Policy:
+    """A built-in policy by name, or a policy file by path, with knobs set.
+
+    Raises PolicyError with all problems found, each with file and line.
+    """
+    return _read(_chain(source), knobs)
+
+
+def builtin_policies() -> dict[str, Path]:
+    """Names of the policies that ship, in order, and their files."""
+    return {path.stem: path for path in sorted(_policies_folder().glob("*.toml"))}
+
+
+def policy_text(source: str | Path) -> str:
+    """The text of a policy's own file."""
+    return _locate(source)[0].read_text(encoding="utf-8-sig")
+
+
+def _policies_folder() -> Path:
+    package = Path(__file__).parents[1]
+    packaged = package / "policies"
+    return packaged if packaged.is_dir() else package.parent / "policies"  # in a checkout they lie beside the package
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    """One file as parsed, with the line of each key."""
+
+    path: Path
+    shown: str
+    data: dict[str, Any]
+    lines: dict[Where, int]
+
+    def problem(self, where: Where, what: str, fix: str | None = None) -> Problem:
+        return Problem(what, fix, self.shown, line_of(self.lines, where))
+
+
+def _locate(source: str | Path, base: Path | None = None) -> tuple[Path, str]:
+    """File and the name to show for it; `base` is the folder of the policy that asks."""
+    text = str(source)
+    if text in (builtin := builtin_policies()):
+        return builtin[text], f"policies/{text}.toml"
+    looks_like_path = text.endswith(".toml") or "/" in text or "\\" in text
+    path = Path(text) if base is None else base / text
+    if path.is_file():
+        return path, str(path)
+    if looks_like_path:
+        what = f"{path} is a folder" if path.is_dir() else f"no policy file {path}"
+        raise PolicyError(what, _near_file(path))
+    raise PolicyError(f"no policy {text!r}", f"{did_you_mean(text, list(builtin))} (`clipfreeze list` shows all)")
+
+
+def _near_file(path: Path) -> str | None:
+    folder = path.parent
+    found = sorted(file.name for file in folder.glob("*.toml")) if folder.is_dir() else []
+    names = found or list(builtin_policies())
+    return f"{did_you_mean(path.name if found else path.stem, names)}" if names else None
+
+
+def _chain(source: str | Path) -> list[_Document]:
+    """The files `source` is built from, parents first, each once."""
+    documents: dict[Path, _Document] = {}
+
+    def visit(source: str | Path, asked_by: tuple[_Document, ...]) -> None:
+        child = asked_by[-1] if asked_by else None
+        try:
+            path, shown = _locate(source, child.path.parent if child else None)
+            document = _parse(path, shown)
+        except PolicyError as error:
+            if child is None or any(problem.line for problem in error.problems):
+                raise
+            raise PolicyError([child.problem(("extends",), p.what, p.fix) for p in error.problems]) from None
+        trail = [parent.path.resolve() for parent in asked_by]
+        if path.resolve() in trail:
+            assert child is not None
+            circle = [*asked_by[trail.index(path.resolve()) :], document]
+            what = "extends goes in a circle: " + " -> ".join(part.shown for part in circle)
+            raise PolicyError(child.problem(("extends",), what, "take one of these extends out"))
+        for parent in _parents(document):
+            visit(parent, (*asked_by, document))
+        documents.setdefault(path.resolve(), document)
+
+    visit(source, ())
+    return list(documents.values())
+
+
+def _parents(document: _Document) -> list[str]:
+    extends = document.data.get("extends", [])
+    parents = [extends] if isinstance(extends, str) else extends
+    if not isinstance(parents, list) or not all(isinstance(parent, str) and parent for parent in parents):
+        fix = 'write extends = "last_n" or extends = ["base", "./mine.toml"]'
+        raise PolicyError(
+            document.problem(("extends",), "extends takes a policy's name or path, or a list of them", fix)
+        )
+    return parents
+
+
+def _parse(path: Path, shown: str) -> _Document:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise PolicyError(Problem(f"cannot be read: {error.strerror}", path=shown)) from None
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise PolicyError(Problem("is UTF-16 text", "save it as UTF-8", shown, 1))
+    try:
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise PolicyError(
+            Problem(f"byte 0x{raw[error.start]:02x} is not UTF-8", "save it as UTF-8", shown, line)
+        ) from None
+    try:
+        return _Document(path, shown, tomli.loads(text), key_lines(text))
+    except tomli.TOMLDecodeError as error:
+        raise PolicyError(Problem(f"not TOML: {error.msg}", _toml_advice(error), shown, error.lineno)) from None
+
+
+def _toml_advice(error: tomli.TOMLDecodeError) -> str | None:
+    line = error.doc.splitlines()[error.lineno - 1] if error.lineno <= error.doc.count("\n") + 1 else ""
+    if "\\" in line and ("escape" in error.msg.lower() or "hex" in error.msg.lower() or "\\" in error.msg):
+        return "a backslash starts an escape in double quotes: use single quotes, or forward slashes"
+    if "*" in line.partition("=")[0]:
+        return 'a pattern cannot be a key: write [[rule]] and match = "..."'
+    if "overwrite" in error.msg.lower() or "twice" in error.msg.lower():
+        return "the key or table stands here a second time: keep one"
+    return None
+
+
+def _read(documents: list[_Document], given: Mapping[str, Any]) -> Policy:
+    problems: list[Problem] = []
+    knobs = _merged_knobs(documents, problems)
+    last = documents[-1]
+    if problems:
+        raise PolicyError([*problems, *_shape_problems(documents)])
+    try:
+        values = knob_values(knobs, given)
+    except KnobError as error:
+        raise PolicyError(last.problem(("params",), str(error), error.fix)) from None
+
+    files: list[tuple[_Document, PolicyFile]] = []
+    active: dict[tuple[str, int], bool] = {}
+    for document in documents:
+        data, faults = _with_knobs(document, values, active)
+        problems.extend(faults.values())
+        try:
+            files.append((document, PolicyFile.model_validate(data)))
+        except ValidationError as error:
+            problems.extend(_explained(document, data, error, told=set(faults)))
+    problems.extend(_unread_knobs(documents, knobs))
+    if problems:
+        raise PolicyError(problems)
+
+    rules = tuple(
+        PlacedRule(rule, document.shown, line_of(document.lines, ("rule", number)), active[document.shown, number])
+        for document, file in files
+        for number, rule in enumerate(file.rule)
+    )
+    optimizer, schedule = _merged_optimizer(files), _merged_section(files, "schedule")
+    own = files[-1][1]
+    return Policy(
+        name=own.name or last.path.stem,
+        summary=own.summary,
+        default=next((file.default for _, file in reversed(files) if file.default), "freeze"),
+        default_source=_source_of(files, "default"),
+        knobs=knobs,
+        params=values,
+        rules=rules,
+        optimizer=Optimizer.model_validate(optimizer),
+        optimizer_source=_source_of(files, "optimizer"),
+        schedule=Schedule.model_validate(schedule),
+        schedule_source=_source_of(files, "schedule"),
+        sources=tuple(document.shown for document in documents),
+    )
+
+
+def _source_of(files: list[tuple[_Document, PolicyFile]], key: str) -> str:
+    """Where the last file that speaks of `key` does so, else the policy's first line."""
+    document = next((document for document, _ in reversed(files) if key in document.data), files[-1][0])
+    return f"{document.shown}:{line_of(document.lines, (key,))}"
+
+
+def _merged_section(files: list[tuple[_Document, PolicyFile]], key: str) -> dict[str, Any]:
+    """A section's keys, later files over earlier ones."""
+    merged: dict[str, Any] = {}
+    for _, file in files:
+        if (section := getattr(file, key)) is not None:
+            merged |= section.model_dump(exclude_unset=True)
+    return merged
+
+
+def _merged_optimizer(files: list[tuple[_Document, PolicyFile]]) -> dict[str, Any]:
+    """As `_merged_section`, but another optimizer does not inherit the former one's own options."""
+    merged: dict[str, Any] = {}
+    for _, file in files:
+        if file.optimizer is None:
+            continue
+        own = file.optimizer.model_dump(exclude_unset=True)
+        if own.get("name", merged.get("name")) != merged.get("name"):
+            merged = {key: merged[key] for key in ("lr", "weight_decay") if key in merged}
+        merged |= own
+    return merged
+
+
+def _merged_knobs(documents: list[_Document], problems: list[Problem]) -> dict[str, Knob]:
+    """All knobs; a later file may change parts of an earlier one's knob, such as its default."""
+    merged: dict[str, dict[str, Any]] = {}
+    knobs: dict[str, Knob] = {}
+    for document in documents:
+        params = document.data.get("params", {})
+        if not isinstance(params, dict):
+            problems.append(document.problem(("params",), "params is a table of knobs", "write [params]"))
+            continue
+        for name, raw in params.items():
+            where = ("params", name)
+            if not isinstance(raw, dict):
+                problems.append(
+                    document.problem(where, f"knob {name!r} is no table", f"write {name} = {{ default = {raw!r} }}")
+                )
+                continue
+            merged[name] = merged.get(name, {}) | raw
+            try:
+                knobs[name] = Knob.model_validate(merged[name])
+            except ValidationError as error:
+                problems.extend(_explained(document, merged[name], error, where, Knob))
+    return knobs
+
+
+def _with_knobs(
+    document: _Document, values: Mapping[str, KnobValue], active: dict[tuple[str, int], bool]
+) -> tuple[dict[str, Any], dict[Where, Problem]]:
+    """The document with knobs put in and without its `params`, and faults by key; notes which rules are on."""
+    data = {key: value for key, value in document.data.items() if key != "params"}
+    faults: dict[Where, Problem] = {}
+
+    def put_in(where: Where, value: Any) -> Any:
+        try:
+            return substitute(value, values)
+        except KnobError as error:
+            faults[where] = document.problem(where, str(error), error.fix)
+            return value
+
+    rules = data.get("rule")
+    if isinstance(rules, dict):
+        faults["rule",] = _single_rule(document)
+        del data["rule"]
+    elif isinstance(rules, list):
+        data["rule"] = []
+        for number, rule in enumerate(rules):
+            if not isinstance(rule, dict):
+                faults["rule",] = document.problem(("rule",), "a rule is a table", "write [[rule]]")
+                continue
+            condition = rule.get("when")
+            active[document.shown, number] = True
+            if isinstance(condition, str):
+                try:
+                    active[document.shown, number] = is_on(condition, values)
+                except KnobError as error:
+                    where = ("rule", number, "when")
+                    faults[where] = document.problem(where, str(error), error.fix)
+            on = active[document.shown, number]
+            data["rule"].append(
+                {
+                    key: value if key == "when" else put_in(("rule", number, key), value)
+                    for key, value in rule.items()
+                    if on or key not in SETTINGS or not references(value)  # off: its knobs need make no sense
+                }
+            )
+    for section in ("optimizer", "schedule"):
+        if isinstance(data.get(section), dict):
+            data[section] = {key: put_in((section, key), value) for key, value in data[section].items()}
+    if "default" in data:
+        data["default"] = put_in(("default",), data["default"])
+    return data, faults
+
+
+def _shape_problems(documents: list[_Document]) -> Iterator[Problem]:
+    """Problems that show without knob values, for the answer that has to end at the knobs."""
+    for document in documents:
+        for key in document.data:
+            if key not in PolicyFile.model_fields:
+                yield _unknown_key(document, (key,), list(PolicyFile.model_fields))
+        if isinstance(document.data.get("rule"), dict):
+            yield _single_rule(document)
+
+
+def _single_rule(document: _Document) -> Problem:
+    return document.problem(("rule",), "[rule] is one table, rules are a list", "write [[rule]]")
+
+
+def _unread_knobs(documents: list[_Document], knobs: Mapping[str, Knob]) -> Iterator[Problem]:
+    read = references(
+        [document.data.get(key) for document in documents for key in ("rule", "optimizer", "schedule", "default")]
+    )
+    read |= references([knob.default for knob in knobs.values()])
+    for document in documents:
+        for name in document.data.get("params", {}):
+            if name not in read:
+                yield document.problem(
+                    ("params", name), f"knob {name!r} is read by no rule", f"use {{{name}}}, or take it out"
+                )
+
+
+_TYPES = {
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "finite_number": "a finite number",
+}
+
+
+def _explained(
+    document: _Document,
+    data: dict[str, Any],
+    error: ValidationError,
+    base: Where = (),
+    model: type[BaseModel] = PolicyFile,
+    told: AbstractSet[Where] = frozenset(),
+) -> Iterator[Problem]:
+    """Pydantic's errors in our words, at their lines; one for each key."""
+    seen = set(told)
+    for fault in error.errors():
+        where = tuple(part for part in fault["loc"] if part not in ("float", "int", "str", "bool"))
+        where = _existing(data, where)
+        if fault["type"] == "extra_forbidden":
+            yield _unknown_key(document, (*base, *where), _keys_at(where, model))
+            continue
+        if where in seen:
+            continue
+        seen.add(where)
+        name = next((str(part) for part in reversed(where) if isinstance(part, str)), "")
+        value, kind = fault["input"], fault["type"]
+        what, fix = f"{name}: {fault['msg'].removeprefix('Value error, ')}", None
+        if name == "clamp":
+            what = f"clamp = {_toml(value)}: two numbers are expected"
+            fix = "write clamp = [low, high] with low < high"
+        elif kind == "missing":
+            what = f"{fault['loc'][-1]} is missing"
+        elif kind == "finite_number":
+            what = f"{name} = {value!r}: a finite number is expected"
+        elif kind == "literal_error" and fault["ctx"]["expected"] == "True":
+            what = f"{name} = {_toml(value)}"
+            fix = "write freeze = true" if name == "train" else "write train = true" if name == "freeze" else None
+        elif kind in _TYPES:
+            what = f"{name} = {_toml(value)}: {_TYPES[kind]} is expected"
+            fix = f"write {name} = {value} without quotes" if isinstance(value, str) and _is_number(value) else None
+        elif kind != "value_error":
+            what = f"{name} = {_toml(value)}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+        elif not where or isinstance(where[-1], int):  # said of a whole rule
+            what = fault["msg"].removeprefix("Value error, ")
+        yield document.problem((*base, *where), what, fix)
+
+
+def _existing(data: Any, where: Where) -> Where:
+    """`where` as far as it goes into `data`: pydantic adds names of union members."""
+    path: list[str | int] = []
+    for part in where:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _keys_at(where: Where, model: type[BaseModel]) -> list[str]:
+    return list((Rule if where[0] == "rule" and len(where) > 1 else model).model_fields)
+
+
+def _unknown_key(document: _Document, where: Where, known: list[str]) -> Problem:
+    synonyms = {
+        "learning_rate": "lr",
+        "optim": "optimizer",
+        "rules": "rule",
+        "wd": "weight_decay",
+        "scheduler": "schedule",
+    }
+    key = str(where[-1])
+    fix = f"did you mean {synonyms[key]}?" if synonyms.get(key) in known else did_you_mean(key, known)
+    return document.problem(where, f"unknown key {key!r}", fix)
+
+
+def _toml(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

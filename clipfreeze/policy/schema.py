@@ -1,0 +1,191 @@
+"""The policy language as frozen, typed data; `load` reads files into it."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from clipfreeze.policy.span import Span, parse_span
+
+SCHEDULES = ("cosine", "linear", "constant")
+"""Schedules of our own, with warmup; a policy may also name any of torch.optim.lr_scheduler."""
+
+_NORMAL = re.compile(r"normal\((\d+(\.\d+)?(e-?\d+)?)\)")
+
+
+def _listed(value: Any) -> Any:
+    """One pattern is a list of one; a TOML array is a tuple."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _checked_warmup(value: Any) -> Any:
+    parse_span(value)
+    return value
+
+
+Patterns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_listed)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Warmup = Annotated[int | str, BeforeValidator(_checked_warmup)]
+
+
+class Spec(BaseModel):
+    """Common ground: frozen, strict types, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class Knob(Spec):
+    """A value the user may set: `--set n=4`, or `load_policy("last_n", n=4)`."""
+
+    default: bool | int | float | str = Field(
+        description='the value when nobody sets it; "{other}" takes another knob\'s'
+    )
+    min: int | float | None = Field(None, description="smallest number allowed")
+    max: int | float | None = Field(None, description="largest number allowed")
+    choices: Annotated[tuple[bool | int | float | str, ...], BeforeValidator(_listed)] | None = Field(
+        None, description="the words allowed; with min or max, a number in their bounds is allowed too"
+    )
+    help: str | None = Field(None, description="one line for the user")
+
+
+class Settings(Spec):
+    """What a rule can say of the parameters it matches."""
+
+    freeze: Literal[True] | None = Field(None, description="do not train")
+    train: Literal[True] | None = Field(None, description="train")
+    lr: Positive | None = Field(None, description="learning rate at the peak of the schedule")
+    lr_scale: Positive | None = Field(None, description="times the learning rate that stands so far")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="times the learning rate, once for each block between a parameter and the end of its tower"
+    )
+    weight_decay: NotNegative | None = Field(None, description="decoupled or L2, as the optimizer has it")
+    schedule: Literal["cosine", "linear", "constant"] | None = Field(
+        None, description="in place of the policy's schedule"
+    )
+    init: Finite | str | None = Field(None, description='start value: "zeros", "xavier", "normal(0.02)" or a number')
+    clamp: Annotated[tuple[Finite, Finite], BeforeValidator(_listed)] | None = Field(
+        None, description="[low, high], kept after every optimizer step"
+    )
+    l2sp: NotNegative | None = Field(
+        None, description="pull towards the start values: adds l2sp * |w - w0|^2 to the loss (arXiv 1802.01483)"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="on the input of a projection while training"
+    )
+
+    @field_validator("init")
+    @classmethod
+    def _known_init(cls, value: float | str | None) -> float | str | None:
+        if isinstance(value, str) and value not in ("zeros", "xavier") and not _NORMAL.fullmatch(value):
+            raise ValueError('write "zeros", "xavier", "normal(0.02)" or a number')
+        return value
+
+    @field_validator("clamp")
+    @classmethod
+    def _ordered_clamp(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and value[0] >= value[1]:
+            raise ValueError("write [low, high] with low < high")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if self.freeze and self.train:
+            raise ValueError("freeze and train together: say one")
+        if self.lr is not None and self.lr_scale is not None:
+            raise ValueError("lr and lr_scale together: say one")
+        if self.freeze and (idle := [name for name in TRAINING_SETTINGS if getattr(self, name) is not None]):
+            raise ValueError(f"{', '.join(idle)} on what this rule freezes: nothing would read it")
+        return self
+
+    def said(self) -> dict[str, Any]:
+        """The settings this rule speaks of, in the language's order."""
+        return {name: value for name in SETTINGS if (value := getattr(self, name)) is not None}
+
+
+SETTINGS = tuple(Settings.model_fields)
+TRAINING_SETTINGS = tuple(name for name in SETTINGS if name not in ("freeze", "train", "init"))
+"""Settings that mean something only where the parameter trains."""
+
+
+class Rule(Settings):
+    """Patterns, and what is said of the parameters they match."""
+
+    match: Patterns = Field(description="parameter-name globs and roles; a parameter matches if any does")
+    exclude: Patterns = Field((), description="taken out of what matched")
+    when: str | None = Field(
+        None, description='switches the rule: "{knob}", "not {knob}", "{knob} == x", "{knob} != x"'
+    )
+    optional: bool = Field(False, description="silent when it matches or decides nothing")
+
+    @field_validator("match")
+    @classmethod
+    def _some_pattern(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("write at least one pattern")
+        return value
+
+
+class Optimizer(BaseModel):
+    """Any torch or timm optimizer by name; keys beside these are its own options (betas, eps, momentum, ...)."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
+
+    name: str = Field("adamw", description="as torch.optim or timm.optim calls it; case does not matter")
+    lr: Positive | None = Field(None, description="for what trains and has no rule with an lr")
+    weight_decay: NotNegative = Field(0.0, description="for what has no rule with a weight_decay")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The optimizer's own options."""
+        return dict(self.model_extra or {})
+
+
+class Schedule(BaseModel):
+    """cosine, linear, constant, or any of torch.optim.lr_scheduler; keys beside these are its own options."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
+
+    name: str = Field("constant", description="cosine and linear fall to 0 at the end of the run")
+    warmup: Warmup = Field(0, description='linear from 0: a number of steps, "2 epochs" or "5%" of the run')
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The scheduler's own options."""
+        return dict(self.model_extra or {})
+
+    @property
+    def warmup_span(self) -> Span:
+        """`warmup`, parsed."""
+        return parse_span(self.warmup)
+
+
+class PolicyFile(Spec):
+    """A policy file, its knobs put in."""
+
+    name: str | None = Field(None, description="the file's name if not said")
+    summary: str = Field("", description="one line for `clipfreeze list`")
+    default: Literal["freeze", "train"] | None = Field(None, description="what a parameter is when no rule speaks")
+    extends: str | Patterns | None = Field(None, description="policies to build on, by name or path: their rules first")
+    params: dict[str, Knob] = Field({}, description="knobs")
+    rule: Annotated[tuple[Rule, ...], BeforeValidator(_listed)] = Field((), description="in order; later ones win")
+    optimizer: Optimizer | None = None
+    schedule: Schedule | None = None
+
+
+def policy_schema() -> dict[str, Any]:
+    """The JSON schema of a policy file for editors: any setting may be a knob in braces."""
+    schema = PolicyFile.model_json_schema()
+    knob = {"type": "string", "pattern": r"^\{\w+\}$", "description": "a knob"}
+    for model in ("Rule", "Optimizer", "Schedule"):
+        properties = schema["$defs"][model]["properties"]
+        for name, setting in properties.items():
+            if name not in ("match", "exclude", "when", "optional"):
+                said = {key: setting.pop(key) for key in ("description", "default", "title") if key in setting}
+                properties[name] = {**said, "anyOf": [*setting.get("anyOf", [setting]), knob]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

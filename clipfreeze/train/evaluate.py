@@ -1,0 +1,171 @@
+"""Zero-shot classification and retrieval, with standard errors, ties counted at their expected value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipfreeze.errors import DataError, RunError
+from clipfreeze.train.batches import Tokenizer, Transform, picture_loader, unbroken
+from clipfreeze.train.pairs import PairSet
+
+_ROWS = 256  # of a score matrix looked at together
+_CLASSES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A mean over samples and its standard error."""
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """What a model does on a set: scores by name, over so many images and as many classes or captions."""
+
+    kind: str  # "zero-shot" or "retrieval"
+    images: int
+    texts: int
+    scores: dict[str, Score]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A model with what turns pictures and words into its input."""
+
+    model: Any
+    tokenizer: Tokenizer
+    transform: Transform
+    batch_size: int = 256
+    num_workers: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+
+def measure(encoder: Encoder, pairs: PairSet) -> Metrics:
+    """Zero-shot classification where the set has classes, retrieval otherwise. The model's modes are as before."""
+    if not pairs.pairs:
+        raise DataError(f"{pairs.name} is empty: nothing to evaluate on")
+    with torch.no_grad(), _evaluating(encoder.model):
+        return zero_shot(encoder, pairs) if pairs.class_names else retrieval(encoder, pairs)
+
+
+def zero_shot(encoder: Encoder, pairs: PairSet) -> Metrics:
+    """top1, top5 and nll over the set's class names, a class's feature being the mean over the templates.
+
+    nll is of the softmax over the classes at the model's logit scale, also for a model trained with SigLIP's loss;
+    a logit bias shifts all classes alike and plays no part.
+    """
+    classes = open_clip.build_zero_shot_classifier(
+        encoder.model, encoder.tokenizer, pairs.class_names, pairs.templates, _CLASSES, encoder.device
+    )
+    _finite([classes])
+    logits = encoder.model.logit_scale.exp() * image_features(encoder, pairs) @ classes
+    labels = torch.tensor([pair.label for pair in pairs], device=logits.device)
+    right = F.one_hot(labels, len(pairs.class_names)).bool()
+    scores = {f"top{k}": _share(recall_at(logits, right, k)) for k in (1, 5)}
+    scores["nll"] = _mean(F.cross_entropy(logits.double(), labels, reduction="none"))
+    return Metrics("zero-shot", len(pairs), len(pairs.class_names), scores)
+
+
+def retrieval(encoder: Encoder, pairs: PairSet) -> Metrics:
+    """Recall at 1, 5 and 10 both ways; an image's captions and a caption's images are all right answers."""
+    texts = list(dict.fromkeys(caption for pair in pairs for caption in pair.captions))
+    number = {text: index for index, text in enumerate(texts)}
+    images, captions = image_features(encoder, pairs), text_features(encoder, texts)
+    truth = torch.tensor([(row, number[caption]) for row, pair in enumerate(pairs) for caption in pair.captions])
+    scores = {}
+    for name, queries, answers, right in (
+        ("image_to_text", images, captions, truth),
+        ("text_to_image", captions, images, truth.flip(1)),
+    ):
+        for k, hits in _recalls(queries, answers, right.to(queries.device), (1, 5, 10)).items():
+            scores[f"{name}_recall_at_{k}"] = _share(hits)
+    return Metrics("retrieval", len(pairs), len(texts), scores)
+
+
+def image_features(encoder: Encoder, pairs: PairSet) -> Tensor:
+    """(N, D) normalised."""
+    loader = picture_loader(pairs, encoder.transform, batch_size=encoder.batch_size, num_workers=encoder.num_workers)
+    encode = encoder.model.encode_image
+    return _finite([encode(images.to(encoder.device), normalize=True) for images in unbroken(loader)])
+
+
+def text_features(encoder: Encoder, texts: Sequence[str]) -> Tensor:
+    """(N, D) normalised."""
+    size, encode = encoder.batch_size, encoder.model.encode_text
+    chunks = [list(texts[start : start + size]) for start in range(0, len(texts), size)]
+    return _finite([encode(encoder.tokenizer(chunk).to(encoder.device), normalize=True) for chunk in chunks])
+
+
+def _finite(chunks: list[Tensor]) -> Tensor:
+    features = torch.cat(chunks)
+    if not features.isfinite().all():
+        raise RunError("the model's features are not finite numbers", "start from other weights, or a lower lr")
+    return features
+
+
+def _recalls(queries: Tensor, answers: Tensor, truth: Tensor, ks: tuple[int, ...]) -> dict[int, Tensor]:
+    """recall_at for each k, in chunks. queries: (N, D), answers: (M, D), truth: (P, 2) of right (query, answer)."""
+    hits: dict[int, list[Tensor]] = {k: [] for k in ks}
+    for start in range(0, len(queries), _ROWS):
+        scores = queries[start : start + _ROWS] @ answers.T
+        rows = truth[(truth[:, 0] >= start) & (truth[:, 0] < start + _ROWS)]
+        right = torch.zeros_like(scores, dtype=torch.bool)
+        right[rows[:, 0] - start, rows[:, 1]] = True
+        for k in ks:
+            hits[k].append(recall_at(scores, right, k))
+    return {k: torch.cat(parts) for k, parts in hits.items()}
+
+
+def recall_at(scores: Tensor, right: Tensor, k: int) -> Tensor:
+    """(N,) chance that a right answer is among the k best, equal scores standing in random order.
+
+    scores: (N, M), right: (N, M) bool with at least one true a row. A model that says the same of everything so gets
+    what guessing gets, not a full mark.
+    """
+    best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+    above = (scores > best).sum(1)
+    level = scores == best
+    right_level, wrong_level = (level & right).sum(1).double(), (level & ~right).sum(1).double()
+    missed = torch.ones_like(right_level)
+    for place in range(k):  # the chance that each place left after `above` goes to a wrong answer
+        drawn = (place - above).clamp(min=0)
+        left = right_level + wrong_level - drawn
+        chance = torch.where(left > 0, (wrong_level - drawn).clamp(min=0) / left.clamp(min=1), 0.0)
+        missed = torch.where(above <= place, missed * chance, missed)
+    return 1 - missed
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _share(hits: Tensor) -> Score:
+    value = hits.mean().item()
+    return Score(value, (value * (1 - value) / len(hits)) ** 0.5)
+
+
+def _mean(values: Tensor) -> Score:
+    spread = values.std().item() if len(values) > 1 else 0.0
+    return Score(values.mean().item(), spread / len(values) ** 0.5)

@@ -1,0 +1,48 @@
+"""Apply a plan for real and prove it with one forward and backward, so that a folder can be handed to any trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipfreeze import changes, models
+from clipfreeze.plan.value import Plan
+from clipfreeze.train.batches import Tokenizer
+from clipfreeze.train.folder import empty_folder
+from clipfreeze.train.loop import gradient_notes
+from clipfreeze.train.objective import Contrastive
+
+_CAPTIONS = ["a photo of a cat", "a diagram"]
+
+
+def build_and_prove(plan: Plan, model: str, pretrained: str | None, out: Path) -> Iterator[str]:
+    """Load the model, apply, build the optimizer, run one forward and backward, leave `out` for `clipfreeze.load`.
+
+    Yields a line for each thing proved. No weight changes: the step is not taken.
+    """
+    with empty_folder(out) as folder:
+        loaded = models.load(model, pretrained)
+        yield from loaded.notes
+        applied = changes.apply(plan, loaded.model)
+        optimizer = applied.optimizer()
+        yield f"{len(optimizer.param_groups)} param groups hold each of {len(plan.trainable)} tensors once"
+        module = Contrastive(loaded.model).train()
+        loss = module(*_batch(loaded))
+        loss.backward()
+        yield f"one forward and backward: loss {loss.item():.4f} on two random images"
+        yield from gradient_notes(applied)
+        optimizer.zero_grad()
+        applied.save(folder)
+        yield f"wrote {folder}: clipfreeze.load({str(folder)!r}, model) applies it to the same model"
+
+
+def _batch(loaded: models.Loaded) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """Images (2, 3, H, W) of noise through the model's own transform, two captions (2, L), concepts (2,)."""
+    from PIL import Image
+
+    noise = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.stack([loaded.transform(Image.fromarray(picture.numpy())) for picture in noise])
+    return images, Tokenizer(loaded.tokenizer, loaded.model)(_CAPTIONS), torch.arange(2)

@@ -1,0 +1,92 @@
+"""A whole run from its spec: data, model, plan, training, evaluation; and the evaluation of a run folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from clipfreeze import changes, demo, models
+from clipfreeze.errors import DataError
+from clipfreeze.plan.value import Plan
+from clipfreeze.train.batches import Tokenizer
+from clipfreeze.train.evaluate import Encoder, Metrics, measure
+from clipfreeze.train.folder import run_folder
+from clipfreeze.train.loop import Result, fit, make_accelerator
+from clipfreeze.train.pairs import PairSet, split_pairs
+from clipfreeze.train.sources import demo_pairs, read_data
+from clipfreeze.train.spec import RunSpec, read_spec, repeatable, write_spec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains on, and what it is measured on: the goal first."""
+
+    train: PairSet
+    tests: dict[str, PairSet]
+
+
+def run_data(spec: RunSpec) -> RunData:
+    """The data of a run. The embedded model is also measured on a style it knew, to see what it forgets."""
+    forgotten = {"forgotten": demo_pairs(demo.PRETRAIN_STYLES[0], "test")} if spec.model == "demo" else {}
+    if spec.data is None:
+        if spec.val is not None:
+            raise DataError("--val without --data", "give both: the embedded pictures have their own test split")
+        goal = demo_pairs(demo.TARGET_STYLE, "test")
+        return RunData(demo_pairs(demo.TARGET_STYLE, "train"), {"target": goal} | forgotten)
+    pairs = read_data(spec.data, spec.table)
+    train, held_out = (pairs, read_data(spec.val, spec.table)) if spec.val else split_pairs(pairs, seed=spec.seed)
+    return RunData(train, {"target": held_out} | forgotten)
+
+
+def train_run(spec: RunSpec, plan: Plan, out: Path | None = None) -> Result:
+    """Load the data and the model, apply the plan, train, and leave a run folder: `out`, or the next of runs/POLICY-N.
+
+    Everything a user can get wrong is found before the first step; then no folder is left behind.
+    """
+    data = run_data(spec)
+    if data.train.ignored:
+        log.warning("%d files in %s are no pictures in class folders: left out", data.train.ignored, spec.data)
+    with run_folder(out, plan.policy.name) as folder:
+        write_spec(repeatable(spec), folder)
+        device = make_accelerator().device
+        loaded = models.load(spec.model, spec.pretrained, device=str(device))
+        for note in loaded.notes:
+            log.warning(note)
+        return fit(
+            changes.apply(plan, loaded.model),
+            data.train,
+            data.tests,
+            tokenizer=loaded.tokenizer,
+            transform=loaded.transform,
+            train_transform=None if spec.data is None else loaded.train_transform,
+            epochs=spec.epochs,
+            batch_size=spec.batch_size,
+            seed=spec.seed,
+            num_workers=_num_workers(spec, device),
+            folder=folder,
+        )
+
+
+def eval_run(folder: Path, data: str | None = None) -> dict[str, Metrics]:
+    """Measure a trained run again on its own sets, or on `data`, read as the run read its own."""
+    spec = read_spec(folder)
+    tests = run_data(spec).tests if data is None else {Path(data).name: read_data(data, spec.table)}
+    device = make_accelerator().device
+    loaded = models.load(spec.model, spec.pretrained, device=str(device))
+    changes.load(folder, loaded.model)
+    tokenizer = Tokenizer(loaded.tokenizer, loaded.model)
+    encoder = Encoder(loaded.model, tokenizer, loaded.transform, num_workers=_num_workers(spec, device))
+    return {name: measure(encoder, pairs) for name, pairs in tests.items()}
+
+
+def _num_workers(spec: RunSpec, device: torch.device) -> int:
+    """A CPU is busy with the model itself."""
+    if spec.num_workers is not None:
+        return spec.num_workers
+    return min(8, os.cpu_count() or 1) if device.type == "cuda" else 0

@@ -1,0 +1,58 @@
+"""Where pairs come from: a table, a folder of class folders, or the embedded pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from clipfreeze import demo
+from clipfreeze.errors import DataError, Problem, nearest
+from clipfreeze.train.pairs import Pair, PairSet
+from clipfreeze.train.table import TableFormat, read_table
+
+PICTURE_SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg"),
+    *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
+)
+FOLDER_TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.")
+
+
+def read_data(source: str | Path, layout: TableFormat | None = None) -> PairSet:
+    """A table of images and captions, or a folder with one subfolder of pictures a class."""
+    path = Path(source)
+    if path.is_dir():
+        return read_folder(path)
+    if path.is_file():
+        return read_table(path, layout)
+    here = path.parent if path.parent.is_dir() else Path()
+    near = nearest(path.name, [entry.name for entry in here.iterdir()])
+    fix = "did you mean " + " or ".join(str(here / name) for name in near) + "?" if near else None
+    raise DataError(f"there is no data file or folder {source}", fix or "a CSV file, or a folder with class folders")
+
+
+def read_folder(path: Path) -> PairSet:
+    """Subfolders are the classes, their names with spaces for underscores the class names, pictures at any depth."""
+    pairs: list[Pair] = []
+    class_names: list[str] = []
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    for file in files:
+        parts = file.relative_to(path).parts
+        if len(parts) < 2 or any(part.startswith(".") for part in parts) or file.suffix.lower() not in PICTURE_SUFFIXES:
+            continue
+        name = " ".join(parts[0].replace("_", " ").split())
+        if name not in class_names:
+            class_names.append(name)
+        pairs.append(Pair(file, (name,), str(file), class_names.index(name)))
+    if not pairs:
+        what = f"no pictures in class folders, {len(files)} other files" if files else "the folder is empty"
+        fix = "one subfolder a class with pictures in it, or a CSV of image paths and captions"
+        raise DataError(Problem(what, fix, str(path)))
+    return PairSet(path.resolve().name, tuple(pairs), tuple(class_names), FOLDER_TEMPLATES, len(files) - len(pairs))
+
+
+def demo_pairs(style: str, split: str) -> PairSet:
+    """The embedded pictures of a style; each emoji's name is a class."""
+    pictures = demo.load_pictures(style, split)
+    names = tuple(dict.fromkeys(picture.name for picture in pictures))
+    labels = {name: label for label, name in enumerate(names)}
+    pairs = (Pair(p.image, p.captions, f"{style} {p.code}", labels[p.name]) for p in pictures)
+    return PairSet(f"{style} {split}", tuple(pairs), names, demo.TEMPLATES)

@@ -1,0 +1,99 @@
+"""run.toml: all that a run can be repeated from."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import tomli
+from pydantic import Field, ValidationError
+
+from clipfreeze.errors import DataError, Problem
+from clipfreeze.policy.load import builtin_policies
+from clipfreeze.policy.schema import Spec
+from clipfreeze.train.folder import write_text
+from clipfreeze.train.table import TableFormat
+
+FILE = "run.toml"
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def installed_version() -> str:
+    """Of clipfreeze; "unknown" where it runs without being installed."""
+    try:
+        return metadata.version("clipfreeze")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+class RunSpec(Spec):
+    """A run: which policy on which model and data, and how long."""
+
+    policy: str = Field(description="name of a built-in policy or path of a policy file")
+    params: dict[str, bool | int | float | str] = Field({}, description="the policy's knobs that were set")
+    model: str = Field("demo", description="what `clipfreeze.models.load` takes; demo is the embedded model")
+    pretrained: str | None = Field(None, description="a tag or a checkpoint file")
+    data: str | None = Field(None, description="a table or folder; null: the embedded pictures")
+    val: str | None = Field(None, description="likewise, to evaluate on; null: a tenth of the data")
+    table: TableFormat = TableFormat()
+    epochs: Annotated[int, Field(gt=0)] = 5
+    batch_size: Annotated[int, Field(gt=1)] = 64
+    seed: int = 0
+    num_workers: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="processes that decode pictures; 0: the trainer's own; null: some where a GPU waits for them"
+    )
+    version: str = Field(default_factory=installed_version, description="of clipfreeze")
+
+
+def repeatable(spec: RunSpec) -> RunSpec:
+    """With paths that hold from any folder."""
+    paths = {"data": spec.data, "val": spec.val, "pretrained": spec.pretrained}
+    if spec.policy not in builtin_policies():
+        paths["policy"] = spec.policy
+    absolute = {key: str(Path(path).resolve()) for key, path in paths.items() if path and Path(path).exists()}
+    if spec.model.startswith("local-dir:"):
+        absolute["model"] = f"local-dir:{Path(spec.model.removeprefix('local-dir:')).resolve()}"
+    return spec.model_copy(update=absolute)
+
+
+def write_spec(spec: RunSpec, folder: Path) -> None:
+    """Leave run.toml in the folder; what is null is left out."""
+    write_text(folder / FILE, toml_text(spec.model_dump(exclude_none=True)))
+
+
+def read_spec(folder: Path) -> RunSpec:
+    """The run.toml of a run folder."""
+    path = folder / FILE
+    if not path.is_file():
+        raise DataError(f"{folder} is no run folder: it has no {FILE}", "give the folder that `clipfreeze train` named")
+    try:
+        return RunSpec.model_validate(tomli.loads(path.read_text(encoding="utf-8-sig")))
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DataError(Problem(f"not valid TOML: {error}", None, str(path))) from error
+    except ValidationError as error:
+        problems = [
+            Problem(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}", None, str(path)) for fault in error.errors()
+        ]
+        raise DataError(problems) from error
+
+
+def toml_text(values: dict[str, Any]) -> str:
+    """Scalars, then a table for each dict of scalars."""
+    tables = {key: value for key, value in values.items() if isinstance(value, dict)}
+    lines = [f"{_key(key)} = {_scalar(value)}" for key, value in values.items() if key not in tables]
+    for name, table in tables.items():
+        if table:
+            lines += ["", f"[{_key(name)}]", *(f"{_key(key)} = {_scalar(value)}" for key, value in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _key(name: str) -> str:
+    return name if _BARE_KEY.fullmatch(name) else _scalar(name)
+
+
+def _scalar(value: bool | int | float | str) -> str:
+    """JSON's spelling is TOML's, but for the one control character that JSON leaves bare."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,124 @@
+"""A run from its spec to its folder, and back from the folder to the same numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import clipfreeze
+from clipfreeze import models
+from clipfreeze.errors import ClipfreezeError, DataError
+from clipfreeze.plan.value import Plan
+from clipfreeze.train.run import eval_run, run_data, train_run
+from clipfreeze.train.spec import RunSpec, read_spec
+from tests import tiny
+from tests.train.hand import COLOURS, coloured
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder that `local-dir:` takes, with a vocabulary for open_clip's own tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    config = {"embed_dim": 16, "vision_cfg": tiny.VISION, "text_cfg": {**tiny.TEXT, "vocab_size": 49408}}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    torch.manual_seed(0)
+    model = tiny.clip_vit(text={"vocab_size": 49408})
+    save_file(dict(model.state_dict()), folder / "open_clip_model.safetensors")
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three pictures each of eight colours in class folders, and a table of them."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rows = ["image;caption"]
+    for colour in COLOURS:
+        (folder / "classes" / colour).mkdir(parents=True)
+        for number in range(3):
+            name = f"classes/{colour}/{number}.png"
+            (folder / name).write_bytes(coloured(colour, (32 + number, 32)))
+            rows += [f"{name};{colour}", f"{name};a {colour} thing, number {number}"]
+    (folder / "pairs.csv").write_text("\n".join(rows))
+    return folder
+
+
+def planned(spec: RunSpec) -> Plan:
+    plan: Plan = clipfreeze.resolve(clipfreeze.load_policy(spec.policy, **spec.params), models.load(spec.model).model)
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("source", "policy", "kind"), [("classes", "last_n", "zero-shot"), ("pairs.csv", "full", "retrieval")]
+)
+def test_a_run_leaves_a_folder_that_gives_the_same_numbers(
+    tmp_path: Path, tiny_model: str, pictures: Path, source: str, policy: str, kind: str
+) -> None:
+    spec = RunSpec(policy=policy, model=tiny_model, data=str(pictures / source), epochs=2, batch_size=4)
+    result = train_run(spec, planned(spec), tmp_path / "run")
+    assert result.after["target"].kind == kind
+    assert result.after["target"].images == 2
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        *("metrics.jsonl", "plan.json", "results.json", "run.toml", "weights.safetensors"),
+    ]
+    assert read_spec(tmp_path / "run") == spec
+    assert eval_run(tmp_path / "run") == result.after
+    assert result.after != result.before
+    whole = eval_run(tmp_path / "run", str(pictures / source))
+    assert [metrics.images for metrics in whole.values()] == [24]
+
+
+def test_the_same_spec_gives_the_same_weights(tmp_path: Path, tiny_model: str, pictures: Path) -> None:
+    spec = RunSpec(policy="last_n", params={"dropout": 0.5}, model=tiny_model, data=str(pictures / "classes"))
+    short = spec.model_copy(update={"epochs": 1, "batch_size": 8})
+    weights = []
+    for name in ("one", "two"):
+        train_run(short, planned(short), tmp_path / name)
+        weights.append(load_file(tmp_path / name / "weights.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": "nothing.csv"}, "no data file or folder"),
+        ({"batch_size": 64}, "larger than the data"),
+        ({"model": "local-dir:nothing"}, "no folder"),
+        ({"val": "nothing.csv"}, "no data file or folder"),
+    ],
+)
+def test_wrong_input_leaves_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: str,
+    pictures: Path,
+    change: dict[str, str | int],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = RunSpec(policy="last_n", model=tiny_model, data=str(pictures / "classes"), batch_size=4)
+    plan = planned(spec)
+    with pytest.raises(ClipfreezeError, match=words) as caught:
+        train_run(spec.model_copy(update=change), plan)
+    assert caught.value.exit_code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_embedded_data_have_a_goal_and_what_may_be_forgotten() -> None:
+    data = run_data(RunSpec(policy="last_n"))
+    assert list(data.tests) == ["target", "forgotten"]
+    assert not {pair.image for pair in data.train} & {pair.image for part in data.tests.values() for pair in part}
+    with pytest.raises(DataError, match="--val without --data"):
+        run_data(RunSpec(policy="last_n", val="x.csv"))
+
+
+def test_only_the_embedded_model_is_asked_what_it_forgot(tiny_model: str, pictures: Path) -> None:
+    source = str(pictures / "pairs.csv")
+    assert list(run_data(RunSpec(policy="last_n", data=source)).tests) == ["target", "forgotten"]
+    apart = run_data(RunSpec(policy="last_n", data=source, val=str(pictures / "classes"), model=tiny_model))
+    assert {name: len(pairs) for name, pairs in apart.tests.items()} == {"target": 24}
+    assert len(apart.train) == 24
