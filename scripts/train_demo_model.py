@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
-from torch.nn import functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional
 
 from clipfreeze import demo
 
@@ -77,8 +77,10 @@ def augment(images: Tensor) -> Tensor:
     turn = torch.stack([angle.cos() * mirror * stretch, -angle.sin(), angle.sin() * mirror, angle.cos() / stretch], 1)
     shift = torch.stack([uniform(-0.15, 0.15), uniform(-0.15, 0.15)], 1)
     affine = torch.cat([turn.view(-1, 2, 2) * zoom.view(-1, 1, 1), shift.unsqueeze(2)], 2)
-    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
-    ink = F.grid_sample(1 - images, grid, align_corners=False)  # of the distance to white, so that outside is white
+    grid = functional.affine_grid(affine, list(images.shape), align_corners=False)
+    ink = functional.grid_sample(
+        1 - images, grid, align_corners=False
+    )  # of the distance to white, so that outside is white
     contrast, grey = uniform(0.75, 1.3).view(-1, 1, 1, 1), ink.mean(1, keepdim=True)
     washed = torch.where(torch.rand(batch, 1, 1, 1) < 0.15, torch.ones(()), uniform(0, 0.4).view(-1, 1, 1, 1))
     tint = torch.empty(batch, 3, 1, 1).uniform_(0.8, 1.2)
@@ -97,7 +99,7 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, concepts: Tenso
     logits = scale * image @ text.T
     same = (concepts[:, None] == concepts[None]).float()
     target = same / same.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
 
 
 @torch.no_grad()
@@ -111,7 +113,7 @@ def zero_shot(model: open_clip.CLIP, style: str, split: str) -> tuple[float, flo
         model.encode_text(tokenizer([template.format(name) for name in names]), normalize=True)
         for template in demo.TEMPLATES
     ]
-    classes = F.normalize(torch.stack(prompts).mean(0), dim=-1)
+    classes = functional.normalize(torch.stack(prompts).mean(0), dim=-1)
     logits = model.encode_image(normalise(pool.images), normalize=True) @ classes.T
     rank = (logits > logits.diagonal().unsqueeze(1)).sum(1)
     return (rank < 1).float().mean().item(), (rank < 5).float().mean().item(), len(names)
@@ -174,11 +176,11 @@ def save(model: open_clip.CLIP, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the packaged demo model on the packaged demo pictures.")
     parser.add_argument("--out", type=Path, default=OUT, help="folder to write (default: the package's own)")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.2)
-    parser.add_argument("--log-every", type=int, default=250, help="steps between two looks at the val split")
+    parser.add_argument("--log-every", type=int, default=300, help="steps between two looks at the val split")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model = train(args)

@@ -64,21 +64,21 @@ class _Resolution:
             if rule.active
         ]
         self.decisions = decide(len(anatomy.parameters), speeches)
+        self.trains = list(map(self._trains, range(len(anatomy.parameters))))
 
     def plan(self) -> Plan:
         decided = self._decided()
         self._check_effects(decided)
+        if not self.problems and not any(self.trains):
+            self.problems.append(self._nothing_trains())
         if self.problems:
             raise PlanError(self.problems)
         parameters = tuple(
-            self._planned(parameter, decisions)
-            for parameter, decisions in zip(self.anatomy.parameters, self.decisions, strict=True)
+            self._planned(*of) for of in zip(self.anatomy.parameters, self.decisions, self.trains, strict=True)
         )
         if self.problems:
             raise PlanError(self.problems)
         trainable = [parameter for parameter in parameters if parameter.trainable]
-        if not trainable:
-            raise PlanError(self._nothing_trains())
         total, trains = sum(p.size for p in parameters), sum(p.size for p in trainable)
         plan = Plan(
             policy=PolicyFacts(name=self.policy.name, sources=self.policy.sources, params=dict(self.policy.params)),
@@ -160,7 +160,12 @@ class _Resolution:
                 continue
             for setting in rule.rule.said():
                 of = [index for index, settings in decided[number - 1].items() if setting in settings]
-                if setting in TRAINING_SETTINGS and of and not any(self._trains(index) for index in of):
+                if (
+                    setting in TRAINING_SETTINGS
+                    and of
+                    and any(self.trains)
+                    and not any(self.trains[index] for index in of)
+                ):
                     self._check_idle(rule, setting, of)
                 if (
                     rule.rule.dropout
@@ -197,9 +202,8 @@ class _Resolution:
         word = winner(self.decisions[index], "train")
         return bool(word.value) if word else self.policy.default == "train"
 
-    def _planned(self, parameter: Parameter, decisions: Decisions) -> PlannedParameter:
+    def _planned(self, parameter: Parameter, decisions: Decisions, trainable: bool) -> PlannedParameter:
         values = {setting: word.value for setting in decisions if (word := winner(decisions, setting))}
-        trainable = not parameter.fixed and values.get("train", self.policy.default == "train")
         common: dict[str, Any] = {
             "name": parameter.name,
             "shape": parameter.shape,

@@ -107,7 +107,7 @@ class Matcher:
             taken &= self._by_word.get(word, frozenset())
             if cut is not None:
                 taken = self._cut(pattern, word, cut, taken)
-            if word in "qkv" and (fused := [i for i in taken if len(self._anatomy.parameters[i].slots) > 1]):
+            if word in ("q", "k", "v") and (fused := [i for i in taken if len(self._anatomy.parameters[i].slots) > 1]):
                 name = self._anatomy.parameters[min(fused)].name
                 raise PatternError(
                     f"@{_shown(pattern)}: {word} is a third of the fused {name}, which freezes or trains as a whole",

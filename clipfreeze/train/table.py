@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import os
 from pathlib import Path
 
 from pydantic import Field
@@ -57,7 +58,7 @@ def read_table(path: Path, layout: TableFormat | None = None) -> PairSet:
             problems.append(Problem("the caption is empty", "write one or delete the line", str(path), line))
         if not row[image].strip():
             problems.append(Problem("the image path is empty", "write one or delete the line", str(path), line))
-        elif file not in first_line and not file.is_file():
+        elif file not in first_line and not os.path.isfile(file):  # Path.is_file raises on too long a name
             fix = f"image paths are read from the folder {path.parent}"
             problems.append(Problem(f"there is no file {row[image].strip()}", fix, str(path), line))
         first_line.setdefault(file, line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import random
 from dataclasses import replace
@@ -16,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import ToTensor
 
-from clipfreeze.errors import DataError
+from clipfreeze.errors import DataError, RunError
 from clipfreeze.train.batches import (
     Collate,
     Draw,
@@ -115,6 +116,16 @@ def test_a_broken_picture_stops_with_its_path_and_row(tmp_path: Path, num_worker
     assert str(caught.value).startswith(f"{broken}: the picture cannot be decoded")
     assert "from pairs.csv:9" in str(caught.value)
     assert "Traceback" not in str(caught.value)
+
+
+def die(picture: Image.Image) -> torch.Tensor:
+    os._exit(1)
+
+
+def test_a_worker_that_dies_as_in_a_script_without_a_main_guard_is_explained() -> None:
+    with pytest.raises(RunError, match="a worker process ended") as caught:
+        next(unbroken(picture_loader(colour_pairs(), die, batch_size=2, num_workers=1)))
+    assert "__main__" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,11 @@ def test_missing_pictures_are_found_before_anything_else(tmp_path: Path) -> None
     assert "and 4 more" in str(caught.value)
 
 
+def test_a_caption_taken_for_a_path_is_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no file a long"):
+        read_table(write(tmp_path, f"image,caption\na {'long ' * 100},one\n"))
+
+
 @pytest.mark.parametrize("content", ["", "\n\n", ",,\n", "image,caption\n", "image,caption\n,\n"])
 def test_an_empty_table_is_an_error(tmp_path: Path, content: str) -> None:
     with pytest.raises(DataError, match=r"the table (is empty|has a header and no rows)"):
