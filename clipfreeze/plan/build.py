@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from clipfreeze.anatomy.parts import TOWER_PARTS, Anatomy, Parameter
 from clipfreeze.errors import PlanError, Problem
 from clipfreeze.plan.cascade import Decisions, Speech, decide, winner
-from clipfreeze.plan.lint import lint
+from clipfreeze.plan.lint import lint_warnings
 from clipfreeze.plan.match import Matcher
 from clipfreeze.plan.value import (
     Claim,
@@ -103,7 +103,7 @@ class _Resolution:
             frontier={tower.name: _frontier(tower.name, trainable) for tower in self.anatomy.towers},
             estimate=_estimate(parameters, self.policy),
         )
-        return plan.model_copy(update={"warnings": (*self.warnings, *lint(plan, self.anatomy))})
+        return plan.model_copy(update={"warnings": (*self.warnings, *lint_warnings(plan, self.anatomy))})
 
     def _matched(self) -> list[frozenset[int]]:
         """What each rule matches; nothing for one that is switched off."""

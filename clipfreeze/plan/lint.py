@@ -17,7 +17,7 @@ PUBLISHED_FROM = 50_000_000
 _LOOSE_NUMBER = re.compile(r"\.(\d+)\*")
 
 
-def lint(plan: Plan, anatomy: Anatomy) -> Iterator[str]:
+def lint_warnings(plan: Plan, anatomy: Anatomy) -> Iterator[str]:
     """Warnings, each one line with its place where it has one."""
     yield from _loose_numbers(plan)
     yield from _high_rates(plan)

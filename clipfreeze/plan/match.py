@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 
 from clipfreeze.anatomy.parts import ROLES, SLOTS, TAGS, TOWER_PARTS, TOWERS, Anatomy
@@ -140,42 +140,31 @@ class Matcher:
             )
         return frozenset(kept)
 
-    def _globs(self, pattern: NamePattern) -> list[int]:
+    def _globs(self, pattern: NamePattern) -> Iterable[int]:
+        if pattern.slices:
+            return self._sliced(pattern, 0, "")
         start = bisect_left(self._names, pattern.prefix)
         stop = bisect_left(self._names, pattern.prefix + "\U0010ffff")
         near = [pair for pair in self._sorted[start:stop] if pair[0].endswith(pattern.suffix)]
-        if pattern.slices:
-            cuts: dict[tuple[int, str], frozenset[int]] = {}
-            return [index for name, index in near if self._counted(name.split("."), 0, pattern, 0, cuts)]
         whole = pattern.globs[0].fullmatch
         return [index for name, index in near if whole(name)]
 
-    def _counted(
-        self,
-        parts: Sequence[str],
-        start: int,
-        pattern: NamePattern,
-        piece: int,
-        cuts: dict[tuple[int, str], frozenset[int]],
-    ) -> bool:
-        """Whether the parts from `start` on match the globs and slices from number `piece` on, in any way."""
+    def _sliced(self, pattern: NamePattern, piece: int, stem: str) -> Iterator[int]:
+        """What the globs and slices from number `piece` on take of the names below `stem`, which ends in a dot."""
         glob = pattern.globs[piece]
         if piece == len(pattern.slices):
-            return glob.fullmatch(".".join(parts[start:])) is not None
-        for at in range(start + 1, len(parts)):
-            if not parts[at].isdigit() or not glob.fullmatch(".".join(parts[start:at])):
+            start, stop = bisect_left(self._names, stem), bisect_left(self._names, stem + "\U0010ffff")
+            yield from (index for name, index in self._sorted[start:stop] if glob.fullmatch(name, len(stem)))
+            return
+        for path, numbers in self._numbered.items():
+            if not path.startswith(stem) or not glob.fullmatch(path, len(stem)):
                 continue
-            path = ".".join(parts[:at])
-            if (piece, path) not in cuts:
-                numbers = self._numbered[path]
-                try:
-                    positions = pattern.slices[piece].indices(len(numbers))
-                except PatternError as error:
-                    raise PatternError(f"under {path}, {error}", error.fix, out_of_range=error.out_of_range) from None
-                cuts[piece, path] = frozenset(numbers[position] for position in positions)
-            if int(parts[at]) in cuts[piece, path] and self._counted(parts, at + 1, pattern, piece + 1, cuts):
-                return True
-        return False
+            try:
+                positions = pattern.slices[piece].indices(len(numbers))
+            except PatternError as error:
+                raise PatternError(f"under {path}, {error}", error.fix, out_of_range=error.out_of_range) from None
+            for position in positions:
+                yield from self._sliced(pattern, piece + 1, f"{path}.{numbers[position]}.")
 
 
 def _slices(pattern: RolePattern | NamePattern) -> tuple[Slice, ...]:

@@ -11,8 +11,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from clipfreeze.errors import DataError, RunError
 
 METRICS = "metrics.jsonl"
@@ -100,7 +98,7 @@ def check_room(folder: Path, needed: int) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace the file at once or not at all."""
     unfinished = path.with_name(path.name + ".part")
-    with writing(path):
+    with _writing(path):
         try:
             unfinished.write_text(text, encoding="utf-8")
             unfinished.replace(path)
@@ -111,7 +109,7 @@ def write_text(path: Path, text: str) -> None:
 def append_json(path: Path, record: Mapping[str, Any]) -> None:
     """Add one line; when there is no room for all of it, none of it."""
     line = json.dumps(record).encode() + b"\n"
-    with writing(path), path.open("ab", buffering=0) as file:
+    with _writing(path), path.open("ab", buffering=0) as file:
         end = file.tell()
         try:
             while line:
@@ -122,11 +120,9 @@ def append_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def _writing(path: Path) -> Iterator[None]:
     """A failure to write is a RunError in the system's words."""
     try:
         yield
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}", "make room or give another --out") from error
-    except SafetensorError as error:
-        raise RunError(f"cannot write {path}: {error}", "make room or give another --out") from error

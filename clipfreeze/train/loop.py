@@ -21,7 +21,7 @@ from tqdm import tqdm
 from clipfreeze.errors import DataError, RunError
 from clipfreeze.train.batches import Batch, Tokenizer, Transform, training_loader, unbroken
 from clipfreeze.train.evaluate import Encoder, Metrics, measure
-from clipfreeze.train.folder import METRICS, append_json, check_room, write_text, writing
+from clipfreeze.train.folder import METRICS, append_json, check_room, write_text
 from clipfreeze.train.objective import Contrastive, clip_loss
 from clipfreeze.train.pairs import PairSet
 
@@ -100,8 +100,7 @@ def fit(
         for epoch in range(1, epochs + 1):
             loss = training.run_epoch(epoch, bar)
             if folder is not None:
-                with writing(folder):
-                    applied.save(folder)
+                applied.save(folder)
     seconds = time.monotonic() - started
     module.eval()
 
