@@ -8,7 +8,7 @@ import typer
 
 from clipfreeze.cli.common import Format, FormatOption, SetOption, anatomy_of, knob_settings, plan_for, print_json
 from clipfreeze.errors import ClipfreezeError, PolicyError, Problem
-from clipfreeze.policy.load import load_policy
+from clipfreeze.policy.load import Policy, builtin_policies, load_policy
 
 
 def run(
@@ -27,8 +27,8 @@ def run(
     for policy in policies:
         try:
             if anatomy is None:
-                load_policy(policy, **knobs)
                 warnings: tuple[str, ...] = ()
+                _check_training(load_policy(policy, **knobs))
             else:
                 warnings = plan_for(policy, anatomy, knobs).warnings
             answers.append({"policy": policy, "ok": True, "warnings": list(warnings)})
@@ -45,3 +45,16 @@ def run(
                     print(f"  warning: {warning}")
     if problems:
         raise PolicyError(problems)
+
+
+def _check_training(policy: Policy) -> None:
+    """Optimizer and schedule are checked by building them, which takes torch, unless a built-in policy has the same."""
+
+    def sections(of: Policy) -> tuple[object, ...]:
+        return of.optimizer.name, of.optimizer.options, of.schedule
+
+    if sections(policy) not in map(sections, map(load_policy, builtin_policies())):
+        from clipfreeze.optim.checks import check_optimizer
+
+        if problems := check_optimizer(policy):
+            raise PolicyError(problems)

@@ -61,7 +61,7 @@ def anatomy_table(anatomy: Anatomy) -> str:
     """The roles of a model: parts with their parameters, then what else can be said of them."""
     parts = [
         (f"@{part}", len(members), f"{sum(p.size for p in members):,}", members[0].name)
-        for part, members in _folded(anatomy.parameters, lambda part: len(part))
+        for part, members in _folded(anatomy.parameters, lambda part: None)
     ]
     tags = []
     for word in (*TAGS, *SLOTS):

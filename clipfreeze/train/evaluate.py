@@ -9,7 +9,6 @@ from typing import Any
 
 import open_clip
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipfreeze.errors import DataError, RunError
@@ -75,9 +74,9 @@ def zero_shot(encoder: Encoder, pairs: PairSet) -> Metrics:
     _finite([classes])
     logits = encoder.model.logit_scale.exp() * image_features(encoder, pairs) @ classes
     labels = torch.tensor([pair.label for pair in pairs], device=logits.device)
-    right = F.one_hot(labels, len(pairs.class_names)).bool()
+    right = nn.functional.one_hot(labels, len(pairs.class_names)).bool()
     scores = {f"top{k}": _share(recall_at(logits, right, k)) for k in (1, 5)}
-    scores["nll"] = _mean(F.cross_entropy(logits.double(), labels, reduction="none"))
+    scores["nll"] = _mean(nn.functional.cross_entropy(logits.double(), labels, reduction="none"))
     return Metrics("zero-shot", len(pairs), len(pairs.class_names), scores)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from clipfreeze.errors import DataError, RunError
@@ -125,6 +125,7 @@ class _Training:
     folder: Path | None
     step: int = 0
     notes: list[str] = field(default_factory=list)
+    reached: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def run_epoch(self, epoch: int, bar: Any) -> float:
         """One pass over the data; the mean loss."""
@@ -142,7 +143,7 @@ class _Training:
             bar.update()
         if bar.disable:
             print(f"epoch {epoch}: {_shown(record)}", file=sys.stderr, flush=True)
-        _check_weights(self.applied, self.step)
+        _check_weights(self.reached, self.step)
         return sum(losses) / len(losses)
 
     def _update(self, batch: Batch, lr: dict[str, float]) -> float:
@@ -152,6 +153,7 @@ class _Training:
         self.accelerator.backward(loss)
         if self.step == 0:
             self.tell(gradient_notes(self.applied))
+            self.reached = {name: p for name, p in self.applied.trainable().items() if p.grad is not None}
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -197,8 +199,8 @@ def gradient_notes(applied: Applied) -> list[str]:
     return [f"no gradient in the first step, so these stay as they are: {_few(idle)}"] if idle else []
 
 
-def _check_weights(applied: Applied, step: int) -> None:
-    if bad := [name for name, parameter in applied.trainable().items() if not parameter.isfinite().all()]:
+def _check_weights(parameters: dict[str, nn.Parameter], step: int) -> None:
+    if bad := [name for name, parameter in parameters.items() if not parameter.isfinite().all()]:
         raise RunError(f"weights are not finite numbers after step {step}: {_few(bad)}", "lower the lr")
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import open_clip
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 Objective = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], Tensor]
@@ -25,14 +24,14 @@ def clip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, c
     per_image, per_text = open_clip.ClipLoss().get_logits(image, text, scale, bias)
     positives = _positives(concepts).to(per_image.dtype)
     target = positives / positives.sum(1, keepdim=True)
-    return (F.cross_entropy(per_image, target) + F.cross_entropy(per_text, target)) / 2
+    return (nn.functional.cross_entropy(per_image, target) + nn.functional.cross_entropy(per_text, target)) / 2
 
 
 def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, concepts: Tensor) -> Tensor:
     """Each image and each text a yes-or-no question: +1 for positives, -1 for the rest. Arguments as for clip_loss."""
     logits = open_clip.loss.SigLipLoss().get_logits(image, text, scale, bias)
     signs = _positives(concepts).to(logits.dtype) * 2 - 1
-    return -F.logsigmoid(signs * logits).sum() / len(image)
+    return -nn.functional.logsigmoid(signs * logits).sum() / len(image)
 
 
 def objective_for(model: Any) -> Objective:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import os
 from pathlib import Path
 
 from pydantic import Field
@@ -58,7 +57,7 @@ def read_table(path: Path, layout: TableFormat | None = None) -> PairSet:
             problems.append(Problem("the caption is empty", "write one or delete the line", str(path), line))
         if not row[image].strip():
             problems.append(Problem("the image path is empty", "write one or delete the line", str(path), line))
-        elif file not in first_line and not os.path.isfile(file):  # Path.is_file raises on too long a name
+        elif file not in first_line and not _is_file(file):
             fix = f"image paths are read from the folder {path.parent}"
             problems.append(Problem(f"there is no file {row[image].strip()}", fix, str(path), line))
         first_line.setdefault(file, line)
@@ -156,6 +155,13 @@ def _position(header: list[str], names: tuple[str, ...]) -> int | None:
         if name.casefold() in folded:
             return folded.index(name.casefold())
     return None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long a name: a caption taken for a path
+        return False
 
 
 def _separator_name(separator: str) -> str:

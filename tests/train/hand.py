@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from clipfreeze.policy.schema import Schedule
 from clipfreeze.train.pairs import Pair, PairSet
-from tests.tiny import CONTEXT, VOCABULARY
+
+from tiny import CONTEXT, VOCABULARY
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "black", "gray")
 

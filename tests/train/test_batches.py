@@ -29,8 +29,9 @@ from clipfreeze.train.batches import (
     unbroken,
 )
 from clipfreeze.train.pairs import Pair, PairSet
-from tests import tiny
-from tests.train.hand import Words, colour_pairs, coloured, transform
+
+import tiny
+from hand import Words, colour_pairs, coloured, transform
 
 
 def loader(pairs: PairSet, **settings: Any) -> DataLoader[Any]:

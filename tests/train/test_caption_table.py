@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from clipfreeze.errors import DataError
 from clipfreeze.train.table import SEPARATORS, TableFormat, read_table
-from tests.train.hand import coloured
+
+from hand import coloured
 
 
 def write(folder: Path, content: str | bytes, images: tuple[str, ...] = ("a.png", "b.png")) -> Path:

@@ -16,8 +16,9 @@ from clipfreeze.errors import DataError, RunError
 from clipfreeze.train.batches import Tokenizer
 from clipfreeze.train.evaluate import Encoder, image_features, measure, recall_at, text_features
 from clipfreeze.train.pairs import PairSet
-from tests import tiny
-from tests.train.hand import COLOURS, Words, colour_pairs, transform
+
+import tiny
+from hand import COLOURS, Words, colour_pairs, transform
 
 
 def encoder(family: str = "clip_vit") -> Encoder:

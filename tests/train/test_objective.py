@@ -8,20 +8,20 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipfreeze.train.objective import Contrastive, clip_loss, objective_for, siglip_loss
-from tests import tiny
+
+import tiny
 
 SCALE = torch.tensor(20.0)
 
 
 def features(batch: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    image, text = F.normalize(torch.randn(2, batch, 8, generator=generator), dim=-1)
+    image, text = nn.functional.normalize(torch.randn(2, batch, 8, generator=generator), dim=-1)
     return image.requires_grad_(), text.requires_grad_()
 
 
@@ -42,7 +42,7 @@ def test_with_distinct_captions_loss_and_gradients_are_open_clips(batch: int, se
 @pytest.mark.parametrize(("concepts", "minimum"), [([0, 1, 2, 2], math.log(2) / 2), ([0, 1] * 4, math.log(4))])
 def test_a_perfect_encoder_reaches_the_true_minimum(concepts: list[int], minimum: float) -> None:
     ids = torch.tensor(concepts)
-    perfect = F.one_hot(ids, 8).float().requires_grad_()
+    perfect = nn.functional.one_hot(ids, 8).float().requires_grad_()
     loss = clip_loss(perfect, perfect, torch.tensor(1000.0), None, ids)
     assert loss.item() == pytest.approx(minimum, abs=1e-6)
     (gradient,) = torch.autograd.grad(loss, perfect)
@@ -60,7 +60,7 @@ def test_no_features_go_below_the_minimum(concepts: list[int], seed: int) -> Non
 
 def test_siglip_pulls_equal_captions_together() -> None:
     ids = torch.tensor([0, 1, 2, 2])
-    perfect = F.one_hot(ids, 8).float()
+    perfect = nn.functional.one_hot(ids, 8).float()
     assert siglip_loss(perfect, perfect, torch.tensor(40.0), torch.tensor(-20.0), ids).item() < 1e-6
     assert open_clip.loss.SigLipLoss()(perfect, perfect, torch.tensor(40.0), torch.tensor(-20.0)).item() > 5
 

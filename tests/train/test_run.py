@@ -15,8 +15,9 @@ from clipfreeze.errors import ClipfreezeError, DataError
 from clipfreeze.plan.value import Plan
 from clipfreeze.train.run import eval_run, run_data, train_run
 from clipfreeze.train.spec import RunSpec, read_spec
-from tests import tiny
-from tests.train.hand import COLOURS, coloured
+
+import tiny
+from hand import COLOURS, coloured
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from clipfreeze import demo
 from clipfreeze.errors import DataError
 from clipfreeze.train.pairs import Pair, PairSet, split_pairs
 from clipfreeze.train.sources import demo_pairs, read_data
-from tests.train.hand import coloured
+
+from hand import coloured
 
 
 def fill(folder: Path, *names: str) -> Path:

@@ -1,0 +1,1 @@
+"""Param groups, optimizers by name and schedules, as a plan has them."""

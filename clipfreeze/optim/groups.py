@@ -1,0 +1,45 @@
+"""Param groups as the plan has them, and the proof that they are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from clipfreeze.plan.value import Plan
+
+
+def param_groups(plan: Plan, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """A group for each of the plan's, in its order; `parameters` are the model's by name."""
+    members: dict[tuple[float | None, float | None, str | None], list[nn.Parameter]] = {}
+    for planned in plan.trainable:
+        settings = (planned.lr, planned.weight_decay, planned.schedule)
+        members.setdefault(settings, []).append(parameters[planned.name])
+    return [
+        {
+            "params": members[group.lr, group.weight_decay, group.schedule],
+            "name": group.name,
+            "lr": group.lr,
+            "weight_decay": group.weight_decay,
+        }
+        for group in plan.groups
+    ]
+
+
+def prove_groups(optimizer: torch.optim.Optimizer, plan: Plan, parameters: Mapping[str, nn.Parameter]) -> None:
+    """AssertionError unless each trainable tensor is in one group, with its own settings, and no other is in any."""
+    held = Counter(id(tensor) for group in optimizer.param_groups for tensor in group["params"])
+    group_of = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
+    for planned in plan.parameters:
+        tensor = parameters[planned.name]
+        count = held.pop(id(tensor), 0)
+        assert count == planned.trainable, f"{planned.name} is in {count} param groups"
+        assert tensor.requires_grad == planned.trainable, f"{planned.name} has requires_grad={tensor.requires_grad}"
+        if planned.trainable:
+            group = group_of[id(tensor)]
+            made = (group["name"], group["lr"], group["weight_decay"])
+            assert made == (planned.group, planned.lr, planned.weight_decay), f"{planned.name} is in group {made}"
+    assert not held, f"{len(held)} tensors in param groups are not of the model"

@@ -1,0 +1,97 @@
+"""Optimizers by name: torch's, then timm's."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from clipfreeze.errors import PlanError, Problem, did_you_mean, nearest
+from clipfreeze.policy.schema import Optimizer
+
+_OURS = ("params", "lr", "weight_decay")
+"""Arguments that the plan fills."""
+
+_REFUSED = {
+    "lbfgs": "it calls the loss several times a step",
+    "sparseadam": "it takes sparse gradients only",
+}
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """A class, its parameters' names, and the options that are not its own defaults."""
+
+    make: Callable[..., torch.optim.Optimizer]
+    takes: tuple[str, ...]
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+def build_optimizer(
+    optimizer: Optimizer, groups: list[dict[str, Any]], lr: float | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer a policy names, over `groups`; PlanError for a wrong name, option or value.
+
+    `lr` is for groups added later by hand; the groups have their own.
+    """
+    maker = _maker(optimizer.name)
+    if problems := list(_option_problems(optimizer, maker)):
+        raise PlanError(problems)
+    if "weight_decay" not in maker.takes and any(group["weight_decay"] for group in groups):
+        raise PlanError(f"{optimizer.name} has no weight decay, and the plan asks for it", "weight_decay = 0.0")
+    ours = {"lr": lr or optimizer.lr, "weight_decay": optimizer.weight_decay}
+    given = {name: value for name, value in ours.items() if name in maker.takes and value is not None}
+    try:
+        return maker.make(groups, **given, **maker.defaults | _as_python(optimizer.options))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise PlanError(f"{optimizer.name} does not take these options: {error}", "see its documentation") from error
+
+
+def _option_problems(optimizer: Optimizer, maker: _Maker) -> Iterator[Problem]:
+    own = [name for name in maker.takes if name not in _OURS]
+    for option in optimizer.options:
+        if option not in own:
+            yield Problem(f"{optimizer.name} has no option {option!r}", did_you_mean(option, own))
+
+
+def _maker(name: str) -> _Maker:
+    """The class of that name; PlanError when there is none that can be used here."""
+    lower = name.lower()
+    if reason := _REFUSED.get(lower):
+        raise PlanError(f"the optimizer {name} cannot be used here: {reason}", 'name = "adamw" is the usual one')
+    for known, made in _torch_optimizers().items():
+        if known.lower() == lower:
+            return _Maker(made, tuple(inspect.signature(made).parameters))
+    timm_optim: Any = import_module("timm.optim")  # heavy, and most policies name one of torch's
+    if lower not in (listed := timm_optim.list_optimizers()):
+        names = [*_torch_optimizers(), *listed]
+        near = nearest(name, names, 5)
+        fix = f"did you mean {' or '.join(near)}?" if near else "any optimizer of torch.optim or timm.optim"
+        raise PlanError(f"no optimizer {name!r} in torch.optim or timm.optim", fix)
+    info = timm_optim.get_optimizer_info(lower)
+    if info.second_order:
+        raise PlanError(f"the optimizer {name} cannot be used here: it needs second derivatives")
+    try:
+        made = timm_optim.get_optimizer_class(lower, bind_defaults=False)
+    except (ImportError, AssertionError) as error:  # timm asserts CUDA for apex and bitsandbytes
+        raise PlanError(f"the optimizer {name} cannot be used here: {error}") from error
+    takes = tuple(inspect.signature(made).parameters)
+    momentum = {"momentum": 0.9} if info.has_momentum else {}  # as timm.optim.create_optimizer_v2 has it
+    return _Maker(made, takes, momentum | (info.defaults or {}))
+
+
+def _torch_optimizers() -> dict[str, Callable[..., torch.optim.Optimizer]]:
+    return {
+        name: made
+        for name, made in vars(torch.optim).items()
+        if isinstance(made, type) and issubclass(made, torch.optim.Optimizer) and made is not torch.optim.Optimizer
+    }
+
+
+def _as_python(options: dict[str, Any]) -> dict[str, Any]:
+    """TOML has lists where Python takes tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
