@@ -44,13 +44,10 @@ def test_commands_in_the_docs_print_what_is_shown(text, monkeypatch, capsys):
     command, _, shown = text.partition("\n")
     assert command.startswith("$ clipfreeze ")
     monkeypatch.setattr(sys, "argv", command.removeprefix("$ ").split())
-    main_code = 0
-    try:
+    with pytest.raises(SystemExit) as stop:
         main()
-    except SystemExit as stop:
-        main_code = int(stop.code or 0)
     printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert main_code == 0
+    assert stop.value.code == 0
     assert printed == shown.splitlines()
 
 

@@ -20,7 +20,7 @@ def run(
 ) -> None:
     """Load a run's weights onto its model and measure again."""
     from clipfreeze.cli.results import metrics_table
-    from clipfreeze.train.run import eval_run
+    from clipfreeze.train.runs import eval_run
 
     found = eval_run(folder, data)
     if format is Format.json:

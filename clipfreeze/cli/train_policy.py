@@ -55,7 +55,7 @@ def run(
     print(plan, flush=True)
 
     from clipfreeze.cli.results import result_table
-    from clipfreeze.train.run import train_run
+    from clipfreeze.train.runs import train_run
     from clipfreeze.train.spec import RunSpec
     from clipfreeze.train.table import TableFormat
 

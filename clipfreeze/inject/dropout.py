@@ -29,10 +29,9 @@ def dropout_problems(planned: Iterable[PlannedParameter], model: nn.Module) -> I
         elif isinstance(owner, nn.Linear):
             if rates.setdefault(path, parameter.dropout) != parameter.dropout:
                 yield Problem(f"{what} is {parameter.dropout}, but {rates[path]} on its weight", "say one for both")
-        elif leaf not in ("proj", "text_projection"):
-            yield Problem(
-                f"{what}: it is part of a {type(owner).__name__}, not a product", "leave out the dropout here"
-            )
+        elif leaf not in ("proj", "text_projection"):  # what open_clip's towers multiply by
+            kind = f"it is part of a {type(owner).__name__}, and no linear map"
+            yield Problem(f"{what}: {kind}", "leave out the dropout here")
 
 
 def drop_inputs(planned: Iterable[PlannedParameter], model: nn.Module, undo: ExitStack) -> None:
@@ -48,7 +47,7 @@ def drop_inputs(planned: Iterable[PlannedParameter], model: nn.Module, undo: Exi
             undo.callback(owner.register_forward_pre_hook(partial(_dropped, parameter.dropout)).remove)
         else:
             vars(owner)[leaf] = _DroppedFactor(owner, leaf, parameter.dropout)
-            undo.callback(vars(owner).pop, leaf)
+            undo.callback(vars(owner).pop, leaf, None)  # assigning a new Parameter takes it off too
 
 
 def _dropped(rate: float, linear: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -58,8 +57,8 @@ def _dropped(rate: float, linear: nn.Module, inputs: tuple[Tensor, ...]) -> tupl
 class _DroppedFactor:
     """Stands before a bare Parameter of a module, which reads `x @ self.proj`: drops out of `x`, then multiplies.
 
-    An instance attribute wins over `nn.Module.__getattr__`, so the Parameter stays registered as it was. It is looked
-    up at each use, hence the right one after `load_state_dict(assign=True)` and in copies of the module.
+    An instance attribute wins over `nn.Module.__getattr__`, so the Parameter stays registered as it was, and is looked
+    up at each use: in a copy of the module it is the copy's.
     """
 
     __slots__ = ("_module", "_name", "_rate")

@@ -18,13 +18,10 @@ def cli(monkeypatch, capsys, tmp_path):
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["clipfreeze", *arguments])
-        try:
+        with pytest.raises(SystemExit) as stop:
             main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
         out, err = capsys.readouterr()
-        return code, out, err
+        return int(stop.value.code or 0), out, err
 
     return run
 

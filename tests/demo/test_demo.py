@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from clipfreeze import demo
+from clipfreeze.policy.load import load_policy
 
 FOLDER = Path(demo.__file__).parent
 
@@ -102,6 +103,11 @@ def test_an_unknown_style_or_split_is_named_with_those_there_are() -> None:
 def test_the_package_data_stays_small() -> None:
     assert megabytes(FOLDER / "pictures") < 10
     assert megabytes(FOLDER) < 27
+
+
+@pytest.mark.parametrize("policy", demo.KNOBS)
+def test_the_rates_are_knobs_of_their_policy(policy: str) -> None:
+    load_policy(policy, **demo.KNOBS[policy])
 
 
 def test_import_needs_no_torch() -> None:

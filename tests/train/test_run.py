@@ -13,7 +13,7 @@ import clipfreeze
 from clipfreeze import models
 from clipfreeze.errors import ClipfreezeError, DataError
 from clipfreeze.plan.value import Plan
-from clipfreeze.train.run import eval_run, run_data, train_run
+from clipfreeze.train.runs import eval_run, run_data, train_run
 from clipfreeze.train.spec import RunSpec, read_spec
 
 import tiny

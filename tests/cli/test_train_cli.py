@@ -1,0 +1,128 @@
+"""Training from the command line for real: embedded pictures, a table, a folder; what is left, and what it is worth."""
+
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import clipfreeze
+from clipfreeze import demo, models
+from clipfreeze.cli.app import main
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys, tmp_path):
+    """Runs a command that must succeed, in an empty folder: its stdout."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["clipfreeze", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        printed = capsys.readouterr()
+        assert stop.value.code == 0, printed.err
+        return printed.out
+
+    return run
+
+
+def scores(text: str) -> list[str]:
+    """The numbers of the last column of a table of metrics."""
+    return [line.rsplit("  ", 1)[1].strip() for line in text.splitlines() if "±" in line]
+
+
+def test_train_then_eval_gives_the_same_numbers_and_learns(cli, tmp_path):
+    out = cli("train", "last_n", "--epochs", "1", "--batch-size", "252")
+    assert "last_n on demo" in out
+    assert "next        clipfreeze eval runs/last_n-1" in out
+    folder = tmp_path / "runs" / "last_n-1"
+    assert {file.name for file in folder.iterdir()} == {
+        "metrics.jsonl", "plan.json", "results.json", "run.toml", "weights.safetensors"}  # fmt: skip
+    result = json.loads((folder / "results.json").read_text())
+    top5 = {when: result[when]["target"]["scores"]["top5"]["value"] for when in ("before", "after")}
+    assert top5["after"] > top5["before"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert scores(cli("eval", "runs/last_n-1")) == scores(out)
+
+
+def test_a_run_repeats_from_its_spec_bit_for_bit(cli, tmp_path):
+    for name in ("one", "two"):
+        cli("train", "logit_scale", "--epochs", "1", "--batch-size", "504", "--seed", "3", "--out", name)
+    one, two = ((tmp_path / name / "weights.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+    assert (tmp_path / "one" / "run.toml").read_text() == (tmp_path / "two" / "run.toml").read_text()
+
+
+def test_logit_scale_moves_nll_and_no_rank(cli):
+    out = cli("train", "logit_scale", "--epochs", "1", "--batch-size", "504")
+    rows = [line.split("  ") for line in out.splitlines() if "±" in line]
+    for row in rows:
+        cells = [cell.strip() for cell in row if cell.strip()]
+        name, before, after = cells[-3:]
+        assert (before == after) == name.startswith("top"), cells
+
+
+def pictures(folder, count=12):
+    for index, picture in enumerate(demo.load_pictures("noto")[:count]):
+        path = folder / f"{index}.webp"
+        path.write_bytes(picture.image)
+        yield path, picture.name
+
+
+def test_a_table_of_captions(cli, tmp_path):
+    rows = [f"{path.name};{name}" for path, name in pictures(tmp_path)]
+    (tmp_path / "data.csv").write_text("\n".join(["image;caption", *rows]) + "\n")
+    out = cli("train", "projections", "--data", "data.csv", "--val", "data.csv", "--epochs", "1", "--batch-size", "6")
+    assert "12 captions" in out
+    assert "recall" in out
+    assert "captions" in cli("eval", "runs/projections-1")
+
+
+def test_a_folder_of_classes(cli, tmp_path):
+    for path, name in pictures(tmp_path):
+        folder = tmp_path / "data" / name.replace(" ", "_")
+        folder.mkdir(parents=True)
+        for copy in range(2):
+            Image.open(path).save(folder / f"{copy}.png")
+    out = cli(
+        "train",
+        "vision_only",
+        "--data",
+        "data",
+        "--val",
+        "data",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "8",
+        "--set",
+        "last=1",
+    )
+    assert "24 images, 12 classes" in out
+
+
+def test_apply_out_leaves_a_folder_for_any_trainer(cli, tmp_path):
+    cli("apply", "last_n", "--model", "demo", "--out", "ready")
+    model = models.load("demo").model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    applied = clipfreeze.load(tmp_path / "ready", model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(applied.trainable())
+    applied.optimizer()
+
+
+def test_apply_out_says_what_was_proved(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["clipfreeze", "apply", "norm_bias", "--model", "demo", "--out", "ready", "--format", "json"]
+    )
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    out, err = capsys.readouterr()
+    plan = json.loads(out)
+    trained = sum(parameter["trainable"] for parameter in plan["parameters"])
+    assert f"hold each of {trained} tensors once" in err
+    assert "one forward and backward" in err
