@@ -3,12 +3,13 @@ import logging
 
 import open_clip
 import pytest
-import tiny
 import torch
 from safetensors.torch import save_file
 
 from clipfreeze.errors import ModelError
 from clipfreeze.models import build_on_meta, canonical_name, load, load_weights, model_names
+
+import tiny
 
 CONFIG = {"embed_dim": tiny.EMBED_DIM, "vision_cfg": tiny.VISION, "text_cfg": {**tiny.TEXT, "vocab_size": 49408}}
 

@@ -50,7 +50,7 @@ def run(
     """Train a policy and measure before and after. Without --data and --model: embedded pictures, embedded model."""
     knobs = knob_settings(settings)
     if model == DEMO_MODEL:  # far smaller than the models that published rates are for
-        knobs = demo.KNOBS.get(load_policy(policy).name, {}) | knobs
+        knobs = {**demo.KNOBS.get(load_policy(policy).name, {}), **knobs}
     plan = plan_for(policy, anatomy_of(model), knobs)
     print(plan, flush=True)
 

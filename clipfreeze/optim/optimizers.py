@@ -31,20 +31,15 @@ class _Maker:
     defaults: dict[str, Any] = field(default_factory=dict)
 
 
-def build_optimizer(
-    optimizer: Optimizer, groups: list[dict[str, Any]], lr: float | None = None
-) -> torch.optim.Optimizer:
-    """The optimizer a policy names, over `groups`; PlanError for a wrong name, option or value.
-
-    `lr` is for groups added later by hand; the groups have their own.
-    """
+def build_optimizer(optimizer: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimizer a policy names, over `groups`; PlanError for a wrong name, option or value."""
     maker = _maker(optimizer.name)
     if problems := list(_option_problems(optimizer, maker)):
         raise PlanError(problems)
     if "weight_decay" not in maker.takes and any(group["weight_decay"] for group in groups):
         raise PlanError(f"{optimizer.name} has no weight decay, and the plan asks for it", "weight_decay = 0.0")
-    ours = {"lr": lr or optimizer.lr, "weight_decay": optimizer.weight_decay}
-    given = {name: value for name, value in ours.items() if name in maker.takes and value is not None}
+    ours = {"lr": optimizer.lr or groups[0]["lr"], "weight_decay": optimizer.weight_decay}  # no lr: Adafactor picks one
+    given = {name: value for name, value in ours.items() if name in maker.takes}
     try:
         return maker.make(groups, **given, **maker.defaults | _as_python(optimizer.options))
     except (ValueError, TypeError, RuntimeError) as error:

@@ -82,6 +82,11 @@ def test_eval_puts_all_at_rest_and_train_wakes_only_what_trains():
     assert not in_train_mode(model)
     assert model.one.train() is model.one
     assert in_train_mode(model) == {"one"}
+    model = nn.Sequential(Block(), nn.Linear(2, 2))
+    frozen_but(model, "1")
+    model[0].two.train()
+    model[0].drop_one[0].train()
+    assert in_train_mode(model) == {"", "1"}
 
 
 def test_a_frozen_module_s_own_train_is_still_called():

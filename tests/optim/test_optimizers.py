@@ -92,3 +92,15 @@ def test_decay_that_the_optimizer_would_not_read_is_refused():
     build_optimizer(Optimizer(name="rprop"), groups())
     with pytest.raises(PlanError, match=r"rprop has no weight decay(.|\n)*weight_decay = 0\.0"):
         build_optimizer(Optimizer(name="rprop"), groups(0.1))
+
+
+@pytest.mark.parametrize("name", ["adafactor", "cadafactor"])
+def test_adafactor_takes_the_lr_of_the_rules(name):
+    sizes = []
+    for lr in (0.25, 0.125):
+        optimizer = build_optimizer(Optimizer(name=name), [groups()[0] | {"lr": lr}])
+        (parameter,) = optimizer.param_groups[0]["params"]
+        parameter.grad = torch.ones(2, 2)
+        optimizer.step()
+        sizes.append(1 - parameter.detach()[0, 0].item())
+    assert sizes[0] == pytest.approx(2 * sizes[1])
