@@ -17,7 +17,7 @@ from clipfreeze.anatomy.partition import describe
 from clipfreeze.anatomy.parts import Anatomy, Parameter
 from clipfreeze.models import build_on_meta
 from clipfreeze.plan.build import resolve
-from clipfreeze.policy.load import Policy, load_policy
+from clipfreeze.policy.loading import Policy, load_policy
 
 REPEATS = 5
 

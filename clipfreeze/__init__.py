@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from clipfreeze.errors import ClipfreezeError as ClipfreezeError
     from clipfreeze.plan.build import resolve as resolve
     from clipfreeze.plan.value import Plan as Plan
-    from clipfreeze.policy.load import Policy as Policy
-    from clipfreeze.policy.load import load_policy as load_policy
+    from clipfreeze.policy.loading import Policy as Policy
+    from clipfreeze.policy.loading import load_policy as load_policy
     from clipfreeze.train.loop import fit as fit
 
 _HOMES = {
     "Applied": "changes",
     "ClipfreezeError": "errors",
     "Plan": "plan.value",
-    "Policy": "policy.load",
+    "Policy": "policy.loading",
     "apply": "changes",
     "describe": "anatomy.partition",
     "fit": "train.loop",
     "load": "changes",
-    "load_policy": "policy.load",
+    "load_policy": "policy.loading",
     "resolve": "plan.build",
 }
 

@@ -16,7 +16,7 @@ from clipfreeze.changes import Applied, apply
 from clipfreeze.errors import ApplyError, PlanError, RunError
 from clipfreeze.plan.build import resolve
 from clipfreeze.plan.value import Plan
-from clipfreeze.policy.load import builtin_policies, load_policy
+from clipfreeze.policy.loading import builtin_policies, load_policy
 
 import tiny
 

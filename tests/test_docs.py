@@ -10,7 +10,7 @@ from clipfreeze.anatomy.partition import describe
 from clipfreeze.cli.app import main
 from clipfreeze.models import build_on_meta
 from clipfreeze.plan.build import resolve
-from clipfreeze.policy.load import builtin_policies, load_policy
+from clipfreeze.policy.loading import builtin_policies, load_policy
 from clipfreeze.policy.schema import SETTINGS, PolicyFile
 
 ROOT = Path(__file__).parents[1]

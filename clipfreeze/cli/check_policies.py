@@ -8,7 +8,7 @@ import typer
 
 from clipfreeze.cli.common import Format, FormatOption, SetOption, anatomy_of, knob_settings, plan_for, print_json
 from clipfreeze.errors import ClipfreezeError, PolicyError, Problem
-from clipfreeze.policy.load import Policy, builtin_policies, load_policy
+from clipfreeze.policy.loading import Policy, builtin_policies, load_policy
 
 
 def run(

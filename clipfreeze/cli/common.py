@@ -64,7 +64,7 @@ def plan_for(policy: str, anatomy: Anatomy, knobs: dict[str, KnobValue]) -> Plan
     """The plan of a policy by name, its optimizer and schedule checked by name and options too."""
     from clipfreeze.optim.checks import check_optimizer
     from clipfreeze.plan.build import resolve
-    from clipfreeze.policy.load import load_policy
+    from clipfreeze.policy.loading import load_policy
 
     loaded = load_policy(policy, **knobs)
     problems: list[Problem] = []

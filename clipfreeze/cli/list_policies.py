@@ -5,7 +5,7 @@ from __future__ import annotations
 from tabulate import tabulate
 
 from clipfreeze.cli.common import Format, FormatOption, print_json
-from clipfreeze.policy.load import builtin_policies, load_policy
+from clipfreeze.policy.loading import builtin_policies, load_policy
 
 
 def run(format: FormatOption = Format.table) -> None:  # noqa: A002 - the option's name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from clipfreeze.cli.common import Format, FormatOption, PolicyArgument, print_json
 from clipfreeze.plan.tables import grid
-from clipfreeze.policy.load import load_policy, policy_text
+from clipfreeze.policy.loading import load_policy, policy_text
 
 
 def run(policy: PolicyArgument, format: FormatOption = Format.table) -> None:  # noqa: A002 - the option's name

@@ -9,7 +9,7 @@ import typer
 
 from clipfreeze import demo
 from clipfreeze.cli.common import PolicyArgument, SetOption, anatomy_of, knob_settings, plan_for
-from clipfreeze.policy.load import load_policy
+from clipfreeze.policy.loading import load_policy
 
 DEMO_MODEL = "demo"
 

@@ -10,7 +10,7 @@ from torch import nn
 from clipfreeze.errors import PlanError, Problem
 from clipfreeze.optim.optimizers import build_optimizer
 from clipfreeze.optim.schedules import build_scheduler
-from clipfreeze.policy.load import Policy
+from clipfreeze.policy.loading import Policy
 from clipfreeze.policy.schema import Optimizer, Schedule
 
 

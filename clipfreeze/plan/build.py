@@ -21,7 +21,7 @@ from clipfreeze.plan.value import (
     RuleReport,
     Totals,
 )
-from clipfreeze.policy.load import PlacedRule, Policy
+from clipfreeze.policy.loading import PlacedRule, Policy
 from clipfreeze.policy.patterns import PatternError
 from clipfreeze.policy.schema import SETTINGS, TRAINING_SETTINGS
 
@@ -243,7 +243,7 @@ class _Resolution:
         scaled: float = lr * values.get("lr_scale", 1.0)
         if "layer_decay" in values:
             scaled *= values["layer_decay"] ** _blocks_above(parameter, self.anatomy)
-        return float(f"{scaled:.12g}")
+        return scaled if scaled == lr else float(f"{scaled:.6g}")  # so that groups with one lr are one
 
     def _claims(self, decisions: Decisions) -> Iterator[Claim]:
         for setting in ("train", *SETTINGS[2:]):
@@ -281,7 +281,12 @@ def _blocks_above(parameter: Parameter, anatomy: Anatomy) -> int:
 
 
 def _group_name(lr: float, weight_decay: float, schedule: str | None) -> str:
-    return f"lr={lr:g} wd={weight_decay:g}" + (f" {schedule}" if schedule else "")
+    return f"lr={_digits(lr)} wd={_digits(weight_decay)}" + (f" {schedule}" if schedule else "")
+
+
+def _digits(number: float) -> str:
+    """Short where it is exact, so that no two groups share a name."""
+    return short if float(short := f"{number:g}") == number else repr(number)
 
 
 def _groups(trainable: list[PlannedParameter]) -> Iterator[PlannedGroup]:

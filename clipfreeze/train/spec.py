@@ -12,7 +12,7 @@ import tomli
 from pydantic import Field, ValidationError
 
 from clipfreeze.errors import DataError, Problem
-from clipfreeze.policy.load import builtin_policies
+from clipfreeze.policy.loading import builtin_policies
 from clipfreeze.policy.schema import Spec
 from clipfreeze.train.folder import write_text
 from clipfreeze.train.table import TableFormat

@@ -8,7 +8,7 @@ import pytest
 
 from clipfreeze.cli.app import main
 from clipfreeze.plan.value import Plan
-from clipfreeze.policy.load import builtin_policies
+from clipfreeze.policy.loading import builtin_policies
 
 
 @pytest.fixture

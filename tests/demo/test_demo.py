@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from clipfreeze import demo
-from clipfreeze.policy.load import load_policy
+from clipfreeze.policy.loading import load_policy
 
 FOLDER = Path(demo.__file__).parent
 

@@ -3,7 +3,7 @@
 import pytest
 
 from clipfreeze.optim.checks import check_optimizer
-from clipfreeze.policy.load import builtin_policies, load_policy
+from clipfreeze.policy.loading import builtin_policies, load_policy
 
 
 def problems(folder, text: str) -> list[str]:

@@ -10,7 +10,7 @@ from clipfreeze.anatomy.partition import describe
 from clipfreeze.optim.groups import param_groups, prove_groups
 from clipfreeze.plan.build import resolve
 from clipfreeze.plan.value import Plan
-from clipfreeze.policy.load import load_policy
+from clipfreeze.policy.loading import load_policy
 
 import tiny
 

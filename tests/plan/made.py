@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from clipfreeze.anatomy.parts import Anatomy, Parameter, Tower
-from clipfreeze.policy.load import Policy, load_policy
+from clipfreeze.policy.loading import Policy, load_policy
 
 
 def anatomy(vision: int = 12, text: int = 3, fused: bool = True) -> Anatomy:

@@ -9,7 +9,7 @@ from clipfreeze.anatomy.partition import describe
 from clipfreeze.models import build_on_meta
 from clipfreeze.plan.build import resolve
 from clipfreeze.plan.value import Plan
-from clipfreeze.policy.load import builtin_policies, load_policy
+from clipfreeze.policy.loading import builtin_policies, load_policy
 
 import tiny
 

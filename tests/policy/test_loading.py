@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clipfreeze.errors import PolicyError
-from clipfreeze.policy.load import builtin_policies, load_policy
+from clipfreeze.policy.loading import builtin_policies, load_policy
 
 
 def write(folder: Path, text: str, name: str = "mine.toml") -> str:
