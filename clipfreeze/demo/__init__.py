@@ -20,9 +20,15 @@ TEMPLATES = ("{}", "an emoji of {}.", "a picture of {}.", "a drawing of {}.", "a
 EPOCHS = 10
 BATCH_SIZE = 128
 KNOBS: dict[str, dict[str, float]] = {
-    "last_n": {"lr": 3e-4, "lr_projections": 1e-3, "lr_logit_scale": 1e-2},
     "full": {"lr": 1e-4, "lr_projections": 1e-3, "lr_logit_scale": 1e-2},
+    "text_only": {"lr": 3e-4, "lr_projections": 1e-3, "lr_logit_scale": 1e-2},
+    "vision_only": {"lr": 1e-4, "lr_projections": 1e-3, "lr_logit_scale": 1e-2},
     "projections": {"lr": 3e-3, "lr_logit_scale": 1e-2},
+    "last_n": {"lr": 3e-4, "lr_projections": 1e-3, "lr_logit_scale": 1e-2},
+    "first_n": {"lr": 1e-4, "lr_logit_scale": 1e-2},
+    "differential": {"lr": 1e-4, "lr_text": 1e-5, "lr_projections": 1e-3, "lr_logit_scale": 1e-2},
+    "norm_bias": {"lr": 2e-2},
+    "logit_scale": {"lr": 3e-2},
 }
 """Policy: the rates for tuning on TARGET_STYLE, found on its val split. A model this small takes larger steps than the
 published rates, which are for ViT-B and larger; a policy not here keeps its own."""
