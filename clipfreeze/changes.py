@@ -43,7 +43,8 @@ def apply(plan: Plan, model: nn.Module) -> Applied:
     fit, PlanError when the optimizer or schedule cannot be made.
     """
     _check(plan, model)
-    wrong = training_problems(plan.optimizer, plan.schedule, any(group.schedule for group in plan.groups))
+    dims = {len(planned.shape) for planned in plan.trainable}
+    wrong = training_problems(plan.optimizer, plan.schedule, any(group.schedule for group in plan.groups), dims)
     if problems := [problem for section in wrong for problem in section]:
         raise PlanError(problems)
     return _changed(plan, model, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import tempfile
 import warnings
@@ -68,9 +69,9 @@ def canonical_name(text: str) -> str:
     names = model_names()
     if (name := text.replace("/", "-")) in names:
         return name
-    if Path(text).is_dir():
+    if text and os.path.isdir(text):  # noqa: PTH112 - unlike Path, it takes any text for an answer
         raise ModelError(f"{text!r} is a folder, not a model name", f"write local-dir:{text}")
-    raise ModelError(f"open_clip has no model {text!r}", did_you_mean(name, names))
+    raise ModelError(f"open_clip has no model {text!r}", did_you_mean(name, [*names, "demo"]))
 
 
 def build_on_meta(text: str) -> nn.Module:

@@ -26,6 +26,9 @@ EMBEDDINGS = frozenset(
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """How the only child is called of DataParallel, DistributedDataParallel and AveragedModel, torch.compile, FSDP."""
 
+UNCALLED = ".attnpool.c_proj."
+"""ModifiedResNet hands these weights to a function of its own."""
+
 Layouts = Mapping[type[nn.Module], Callable[[nn.Module], Layout]]
 
 
@@ -129,6 +132,7 @@ def _parameter(
         tags=frozenset(tags),
         slots=slots,
         fixed=place.role.endswith(".embed") and _is_fixed(tensor, owner),
+        called=UNCALLED not in name,
         aliases=aliases,
     )
 

@@ -27,8 +27,9 @@ class Parameter:
 
     `name` and `shape` are as `named_parameters()` gives them. `block` and `stage` count from 0 within the tower and
     are None outside `blocks`. `slots` is ("q", "k", "v") for a fused weight or bias, ("q",) for one that stands alone.
-    `fixed` says that the model itself never trains it (sin-cos position embeddings). `aliases` are the other names of
-    a tied tensor.
+    `fixed` says that the model itself never trains it (sin-cos position embeddings). `called` is
+    False where a module's weight is read without a call of the module, so that its input is out of reach. `aliases` are
+    the other names of a tied tensor.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Parameter:
     tags: frozenset[str] = frozenset()
     slots: tuple[str, ...] = ()
     fixed: bool = False
+    called: bool = True
     aliases: tuple[str, ...] = ()
 
     @property

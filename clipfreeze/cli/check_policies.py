@@ -8,7 +8,9 @@ import typer
 
 from clipfreeze.cli.common import Format, FormatOption, SetOption, anatomy_of, knob_settings, plan_for, print_json
 from clipfreeze.errors import ClipfreezeError, PolicyError, Problem
+from clipfreeze.plan.match import read_pattern
 from clipfreeze.policy.loading import Policy, builtin_policies, load_policy
+from clipfreeze.policy.patterns import PatternError
 
 
 def run(
@@ -28,7 +30,7 @@ def run(
         try:
             if anatomy is None:
                 warnings: tuple[str, ...] = ()
-                _check_training(load_policy(policy, **knobs))
+                _check_without_model(load_policy(policy, **knobs))
             else:
                 warnings = plan_for(policy, anatomy, knobs).warnings
             answers.append({"policy": policy, "ok": True, "warnings": list(warnings)})
@@ -47,14 +49,24 @@ def run(
         raise PolicyError(problems)
 
 
-def _check_training(policy: Policy) -> None:
-    """Optimizer and schedule are checked by building them, which takes torch, unless a built-in policy has the same."""
+def _check_without_model(policy: Policy) -> None:
+    """What is wrong on any model. Optimizer and schedule are checked by building them, which takes torch: not where a
+    built-in policy has the same.
+    """
 
     def sections(of: Policy) -> tuple[object, ...]:
         return of.optimizer.name, of.optimizer.options, of.schedule
 
+    problems = []
+    for rule in policy.rules:
+        for pattern in (*rule.rule.match, *rule.rule.exclude) if rule.active else ():
+            try:
+                read_pattern(pattern)
+            except PatternError as error:
+                problems.append(Problem(str(error), error.fix, rule.path, rule.line))
     if sections(policy) not in map(sections, map(load_policy, builtin_policies())):
         from clipfreeze.optim.checks import check_optimizer
 
-        if problems := check_optimizer(policy):
-            raise PolicyError(problems)
+        problems.extend(check_optimizer(policy))
+    if problems:
+        raise PolicyError(problems)

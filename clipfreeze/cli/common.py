@@ -44,6 +44,8 @@ def knob_settings(settings: Iterable[str]) -> dict[str, KnobValue]:
         name, equals, value = setting.partition("=")
         if not equals or not name.strip() or not value.strip():
             problems.append(Problem(f"--set {setting}", "write --set knob=value"))
+        elif name.strip() in knobs:
+            problems.append(Problem(f"--set {setting}: {name.strip()} is set twice", "say one"))
         else:
             knobs[name.strip()] = parse_value(value.strip())
     if problems:
@@ -73,7 +75,8 @@ def plan_for(policy: str, anatomy: Anatomy, knobs: dict[str, KnobValue]) -> Plan
         plan = resolve(loaded, anatomy)
     except ClipfreezeError as error:
         problems.extend(error.problems)
-    problems.extend(check_optimizer(loaded))
+    dims = {len(parameter.shape) for parameter in plan.trainable} if plan else {2}
+    problems.extend(check_optimizer(loaded, dims))
     if problems or plan is None:
         raise PolicyError(problems)
     return plan

@@ -30,13 +30,13 @@ def run(
     format: FormatOption = Format.table,  # noqa: A002 - the option's name
 ) -> None:
     """Show what two policies do differently on a model."""
-    from clipfreeze.plan.diff import differences
+    from clipfreeze.plan.diff import compare_plans
     from clipfreeze.plan.tables import difference_table
 
     anatomy = anatomy_of(model)
     plans = plan_for(one, anatomy, {}), plan_for(other, anatomy, knob_settings(settings))
-    found = list(differences(*plans))
+    found = compare_plans(*plans)
     if format is Format.json:
-        print_json([difference.model_dump(mode="json") for difference in found])
+        print_json(found)
     else:
         print(difference_table(found, (one, other)))

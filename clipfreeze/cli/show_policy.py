@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from clipfreeze.cli.common import Format, FormatOption, PolicyArgument, print_json
 from clipfreeze.plan.tables import grid
+from clipfreeze.policy.knobs import as_text
 from clipfreeze.policy.loading import load_policy, policy_text
 
 
@@ -20,7 +21,7 @@ def run(policy: PolicyArgument, format: FormatOption = Format.table) -> None:  #
         return
     print(policy_text(policy).rstrip())
     if knobs:
-        rows = [(name, knob["default"], _range(knob), knob.get("help", "")) for name, knob in knobs.items()]
+        rows = [(name, as_text(knob["default"]), _range(knob), knob.get("help", "")) for name, knob in knobs.items()]
         print("\n" + grid(rows, ("knob", "default", "takes", "what it does")))
         print(f"\nset one with --set {rows[0][0]}={rows[0][1]}")
 

@@ -83,6 +83,7 @@ class _DroppedFactor:
     ) -> Any:
         """Any function of torch takes the Parameter in its place; a product drops out of its other factor first."""
         plain = [value._parameter if isinstance(value, cls) else value for value in args]
-        if function in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and isinstance(args[1], cls):
-            plain[0] = functional.dropout(plain[0], args[1]._rate, args[1]._module.training)
-        return function(*plain, **(kwargs or {}))
+        named = {name: value._parameter if isinstance(value, cls) else value for name, value in (kwargs or {}).items()}
+        if function in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and isinstance(args[-1], cls):
+            plain[0] = functional.dropout(plain[0], args[-1]._rate, args[-1]._module.training)
+        return function(*plain, **named)

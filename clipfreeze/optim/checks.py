@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -14,21 +15,24 @@ from clipfreeze.policy.loading import Policy
 from clipfreeze.policy.schema import Optimizer, Schedule
 
 
-def check_optimizer(policy: Policy) -> list[Problem]:
-    """What is wrong with a policy's optimizer and schedule: names, options and values, each with its place."""
+def check_optimizer(policy: Policy, dims: Collection[int] = (2,)) -> list[Problem]:
+    """What is wrong with a policy's optimizer and schedule: names, options and values, each with its place.
+
+    `dims` are the numbers of dimensions of what trains.
+    """
     by_group = any(rule.active and rule.rule.schedule for rule in policy.rules)
-    optimizer, schedule = training_problems(policy.optimizer, policy.schedule, by_group)
+    optimizer, schedule = training_problems(policy.optimizer, policy.schedule, by_group, dims)
     return [*_at(policy.optimizer_source, optimizer), *_at(policy.schedule_source, schedule)]
 
 
 def training_problems(
-    optimizer: Optimizer, schedule: Schedule, by_group: bool
+    optimizer: Optimizer, schedule: Schedule, by_group: bool, dims: Collection[int]
 ) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
-    """Problems of the optimizer and of the schedule, found by building them on one small tensor.
+    """Problems of the optimizer and of the schedule, found by building them on a small tensor of each of `dims`.
 
     `by_group` says that some rules have a schedule of their own.
     """
-    group = {"params": [nn.Parameter(torch.zeros(2, 2))], "name": "", "lr": 1e-3}
+    group = {"params": [nn.Parameter(torch.zeros((2,) * dim)) for dim in dims], "name": "", "lr": 1e-3}
     groups = [group | {"weight_decay": optimizer.weight_decay}]
     wrong: tuple[Problem, ...] = ()
     try:

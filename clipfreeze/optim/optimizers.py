@@ -42,7 +42,7 @@ def build_optimizer(optimizer: Optimizer, groups: list[dict[str, Any]]) -> torch
     given = {name: value for name, value in ours.items() if name in maker.takes}
     try:
         return maker.make(groups, **given, **maker.defaults | _as_python(optimizer.options))
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
         raise PlanError(f"{optimizer.name} does not take these options: {error}", "see its documentation") from error
 
 

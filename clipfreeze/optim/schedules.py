@@ -6,10 +6,11 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch.optim import lr_scheduler
-from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler, PolynomialLR, SequentialLR
 
 from clipfreeze.errors import PlanError, Problem, did_you_mean
 from clipfreeze.policy.schema import SCHEDULES, Schedule
@@ -49,7 +50,7 @@ def build_scheduler(
     warmup = warmup_steps(schedule, total_steps, steps_per_epoch)
     own = _own_name(schedule.name)
     if own is not None:
-        names = [(by_group or {}).get(group["name"], own) for group in optimizer.param_groups]
+        names = [(by_group or {}).get(group.get("name", ""), own) for group in optimizer.param_groups]
         return LambdaLR(optimizer, [partial(_factor, name, warmup, total_steps) for name in names])
     try:
         return _torch_scheduler(schedule, optimizer, total_steps, warmup)
@@ -104,7 +105,13 @@ def _torch_scheduler(
     found = _torch_class(schedule.name)
     assert found is not None
     after = max(1, total_steps - warmup)
-    filled = {"T_max": after, "total_steps": after, "max_lr": [group["lr"] for group in optimizer.param_groups]}
+    filled: dict[str, Any] = {
+        "T_max": after,
+        "total_steps": after,
+        "max_lr": [group["lr"] for group in optimizer.param_groups],
+    }
+    if found is PolynomialLR:  # it ends at 0, after 5 steps unless told; others with total_iters only begin with them
+        filled["total_iters"] = after
     if "epochs" in schedule.options:  # OneCycleLR takes them, with steps_per_epoch, in place of total_steps
         del filled["total_steps"]
     options = {name: value for name, value in filled.items() if name in _parameters(found)} | schedule.options

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipfreeze.anatomy.parts import TOWER_PARTS, Anatomy, Parameter
 from clipfreeze.errors import PlanError, Problem
-from clipfreeze.plan.cascade import Decisions, Speech, decide, winner
+from clipfreeze.plan.cascade import Decisions, Speech, Word, decide, winner
 from clipfreeze.plan.lint import lint_warnings
 from clipfreeze.plan.match import Matcher
 from clipfreeze.plan.value import (
@@ -55,7 +55,7 @@ class _Resolution:
     def __init__(self, policy: Policy, anatomy: Anatomy) -> None:
         self.policy, self.anatomy = policy, anatomy
         self.problems: list[Problem] = []
-        self.warnings: list[str] = []
+        self.claims: dict[tuple[str, int, bool], Claim] = {}
         self.rules = policy.rules
         self.matched = self._matched()
         speeches = [
@@ -103,7 +103,7 @@ class _Resolution:
             frontier={tower.name: _frontier(tower.name, trainable) for tower in self.anatomy.towers},
             estimate=_estimate(parameters, self.policy),
         )
-        return plan.model_copy(update={"warnings": (*self.warnings, *lint_warnings(plan, self.anatomy))})
+        return plan.model_copy(update={"warnings": tuple(lint_warnings(plan, self.anatomy))})
 
     def _matched(self) -> list[frozenset[int]]:
         """What each rule matches; nothing for one that is switched off."""
@@ -115,16 +115,18 @@ class _Resolution:
                 for pattern in rule.rule.match:
                     taken |= self._select(matcher, rule, pattern)
                 for pattern in rule.rule.exclude:
-                    taken -= self._select(matcher, rule, pattern)
+                    excluded = self._select(matcher, rule, pattern)
+                    taken -= excluded
+                    if excluded and not taken and not rule.rule.optional:
+                        self._problem(rule, f"exclude = {pattern!r} takes out all that matched", "narrow it")
             matched.append(taken)
         return matched
 
     def _select(self, matcher: Matcher, rule: PlacedRule, pattern: str) -> frozenset[int]:
         try:
-            taken = matcher.select(pattern)
+            taken = matcher.select(pattern, lenient=rule.rule.optional)
         except PatternError as error:
-            if not (rule.rule.optional and error.out_of_range):
-                self._problem(rule, str(error), error.fix)
+            self._problem(rule, str(error), error.fix)
             return frozenset()
         if not taken and not rule.rule.optional and not matcher.is_empty_by_count(pattern):
             what = f"{pattern!r} matches nothing in {self.anatomy.model}"
@@ -153,7 +155,7 @@ class _Resolution:
                 continue
             if not decided[number - 1]:
                 over = {self._last_word(index, rule) for index in matched}
-                if all(self.rules[other - 1].path == rule.path for other in over):
+                if all(self.rules[other - 1].file == rule.file for other in over):
                     where = ", ".join(f"line {self.rules[other - 1].line}" for other in sorted(over))
                     what = f"this rule decides nothing: later rules ({where}) say otherwise of all it matches"
                     self._problem(rule, what, "take it out, or move it below them")
@@ -166,17 +168,21 @@ class _Resolution:
                     and any(self.trains)
                     and not any(self.trains[index] for index in of)
                 ):
-                    self._check_idle(rule, setting, of)
+                    self._check_idle(number, setting, of)
                 if (
                     rule.rule.dropout
                     and setting == "dropout"
                     and (other := [i for i in of if not self._takes_dropout(i)])
                 ):
-                    name = self.anatomy.parameters[other[0]].name
-                    self._problem(rule, f"dropout on {name}, which is no projection", 'write match = "@projections"')
+                    parameter = self.anatomy.parameters[other[0]]
+                    what, fix = "is no projection", 'write match = "@proj"'
+                    if parameter.role.endswith(".proj"):
+                        what, fix = "the model multiplies by without calling it", f"exclude = {parameter.name!r}"
+                    self._problem(rule, f"dropout on {parameter.name}, which {what}", fix)
 
     def _takes_dropout(self, index: int) -> bool:
-        return self.anatomy.parameters[index].role.endswith(".proj")
+        parameter = self.anatomy.parameters[index]
+        return parameter.role.endswith(".proj") and parameter.called
 
     def _last_word(self, index: int, rule: PlacedRule) -> int:
         """The last rule to outvote `rule` on some setting of a parameter."""
@@ -186,15 +192,21 @@ class _Resolution:
             words.append(self.decisions[index]["lr"][-1])
         return max(word.rule for word in words)
 
-    def _check_idle(self, rule: PlacedRule, setting: str, of: list[int]) -> None:
-        freezers = {winner(self.decisions[index], "train") for index in of}
-        places = {self.rules[word.rule - 1] if word else None for word in freezers}
-        if any(place is not None and place.path != rule.path for place in places):
+    def _check_idle(self, number: int, setting: str, of: list[int]) -> None:
+        """A setting that only frozen parameters have; a later file may have frozen them."""
+        rule = self.rules[number - 1]
+        freezers = {word.rule for index in of if (word := winner(self.decisions[index], "train")) and not word.value}
+        if any(freezer > number and self.rules[freezer - 1].file != rule.file for freezer in freezers):
             return
         names = [self.anatomy.parameters[index].name for index in of]
         shown = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-        by = ", ".join(f"line {place.line}" if place else "the policy's default" for place in places)
-        self._problem(rule, f"{setting} on what stays frozen: {shown} (by {by})", "add train = true, or take it out")
+        if all(self.anatomy.parameters[index].fixed for index in of):
+            self._problem(rule, f"{setting} on {shown}, which the model itself never trains", "take it out")
+            return
+        places = [self.rules[freezer - 1] for freezer in sorted(freezers)]
+        by = ", ".join(place.source if place.file != rule.file else f"line {place.line}" for place in places)
+        what = f"{setting} on what stays frozen: {shown} (by {by or 'default'})"
+        self._problem(rule, what, "add train = true, take it out, or let it pass with optional = true")
 
     def _trains(self, index: int) -> bool:
         if self.anatomy.parameters[index].fixed:
@@ -247,16 +259,17 @@ class _Resolution:
 
     def _claims(self, decisions: Decisions) -> Iterator[Claim]:
         for setting in ("train", *SETTINGS[2:]):
-            words = decisions.get(setting, [])
             best = winner(decisions, setting)
-            for word in words:
-                yield Claim.model_construct(
-                    setting=setting,
-                    value=word.value,
-                    rule=word.rule,
-                    source=self.rules[word.rule - 1].source,
-                    wins=word is best,
-                )
+            for word in decisions.get(setting, []):
+                yield self._claim(setting, word, word is best)
+
+    def _claim(self, setting: str, word: Word, wins: bool) -> Claim:
+        """One object for all the parameters a rule says this of."""
+        key = (setting, word.rule, wins)
+        if key not in self.claims:
+            source = self.rules[word.rule - 1].source
+            self.claims[key] = Claim(setting=setting, value=word.value, rule=word.rule, source=source, wins=wins)
+        return self.claims[key]
 
     def _nothing_trains(self) -> Problem:
         rules = {word.rule for decisions in self.decisions if (word := winner(decisions, "train"))}
@@ -266,7 +279,7 @@ class _Resolution:
             path, line = last.path, str(last.line)
             what = f"nothing trains: this rule freezes {', '.join(last.rule.match)}"
         else:
-            what = f"nothing trains: no rule says train = true, and default is {self.policy.default!r}"
+            what = f"nothing trains: no rule trains anything, and default is {self.policy.default!r}"
         return Problem(what, "add a rule with train = true after it", path, int(line))
 
 

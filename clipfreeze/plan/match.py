@@ -16,18 +16,37 @@ ROLE_WORDS = (*TOWERS, *TOWER_PARTS, *(role for role in ROLES if "." not in role
 """What may stand after @ and between its dots; each word narrows the set."""
 
 
+def read_pattern(pattern: str) -> list[RolePattern | NamePattern]:
+    """The alternatives of a pattern, which some model may have. Raises PatternError for one that none can have."""
+    alternatives = parse_pattern(pattern)
+    for alternative in alternatives:
+        if isinstance(alternative, NamePattern):
+            continue
+        shown = f"@{_shown(alternative)}"
+        for word, cut in alternative.words:
+            if word not in ROLE_WORDS:
+                raise PatternError(f"{shown}: no role {word!r}", did_you_mean(word, ROLE_WORDS))
+            if cut is not None and word not in ("blocks", "stages"):
+                raise PatternError(f"{shown}: {word} cannot be counted", "[...] goes after blocks or stages")
+    return alternatives
+
+
 class Matcher:
     """Answers patterns over one anatomy; parameters are known by their index in it."""
 
     def __init__(self, anatomy: Anatomy) -> None:
         self._anatomy = anatomy
-        self._answers: dict[str, frozenset[int]] = {}
+        self._answers: dict[tuple[str, bool], frozenset[int]] = {}
 
-    def select(self, pattern: str) -> frozenset[int]:
-        """Indices of the parameters that `pattern` takes, none if it takes none. Raises PatternError."""
-        if pattern not in self._answers:
-            self._answers[pattern] = frozenset().union(*map(self._one, parse_pattern(pattern)))
-        return self._answers[pattern]
+    def select(self, pattern: str, *, lenient: bool = False) -> frozenset[int]:
+        """Indices of the parameters that `pattern` takes, none if it takes none. Raises PatternError.
+
+        `lenient` passes over the towers and paths that a slice reaches past the end of.
+        """
+        if (pattern, lenient) not in self._answers:
+            alternatives = read_pattern(pattern)
+            self._answers[pattern, lenient] = frozenset().union(*(self._one(part, lenient) for part in alternatives))
+        return self._answers[pattern, lenient]
 
     def is_empty_by_count(self, pattern: str) -> bool:
         """Whether the pattern says itself that it takes nothing: a slice such as `[-0:]`."""
@@ -42,8 +61,9 @@ class Matcher:
         if pattern.startswith("@"):
             return f"this model has nothing there: `clipfreeze roles {self._anatomy.model}` lists what it has"
         if re.search(r"[\\^$]", pattern):
-            plain = re.sub(r"[\\^$]", "", pattern).replace(".*", "*").rstrip("*.") + ".*"
-            return f"patterns are globs, not regular expressions: {plain if self.select(plain) else 'visual.*'}"
+            plain = re.sub(r"[\\^$]", "", pattern)
+            plain = re.sub(r"\(([^()]*)\)", lambda found: "{" + found[1].replace("|", ",") + "}", plain)
+            return "patterns are globs, not regular expressions" + self._if_it_takes(plain.replace("..*", ".*"))
         if self.select(f"{pattern}.*"):
             return f"did you mean {pattern}.*?"
         tail = re.search(r"(\.\*)?$", pattern)
@@ -54,13 +74,19 @@ class Matcher:
             return "did you mean " + " or ".join(name + tail[0] for name in near) + "?"
         return f"`clipfreeze roles {self._anatomy.model}` lists the names"
 
+    def _if_it_takes(self, pattern: str) -> str:
+        try:
+            return f": {pattern}" if self.select(pattern) else ": * is any text, ? one character, {a,b} either"
+        except PatternError:
+            return ": * is any text, ? one character, {a,b} either"
+
     @cached_property
     def _by_word(self) -> dict[str, frozenset[int]]:
         found: dict[str, set[int]] = defaultdict(set)
         for index, parameter in enumerate(self._anatomy.parameters):
             for word in (*parameter.role.split("."), *parameter.tags, *parameter.slots):
                 found[word].add(index)
-            if len(parameter.slots) > 1:
+            if set(parameter.slots) & {"q", "k", "v"}:
                 found["qkv"].add(index)
             if parameter.stage is not None:
                 found["stages"].add(index)
@@ -96,17 +122,15 @@ class Matcher:
                     found[".".join(parts[:at])].add(int(part))
         return {path: sorted(numbers) for path, numbers in found.items()}
 
-    def _one(self, pattern: RolePattern | NamePattern) -> Iterable[int]:
-        return self._roles(pattern) if isinstance(pattern, RolePattern) else self._globs(pattern)
+    def _one(self, pattern: RolePattern | NamePattern, lenient: bool) -> Iterable[int]:
+        return self._roles(pattern, lenient) if isinstance(pattern, RolePattern) else self._globs(pattern, lenient)
 
-    def _roles(self, pattern: RolePattern) -> frozenset[int]:
+    def _roles(self, pattern: RolePattern, lenient: bool) -> frozenset[int]:
         taken = frozenset(range(len(self._anatomy.parameters)))
         for word, cut in pattern.words:
-            if word not in ROLE_WORDS:
-                raise PatternError(f"@{_shown(pattern)}: no role {word!r}", did_you_mean(word, ROLE_WORDS))
             taken &= self._by_word.get(word, frozenset())
             if cut is not None:
-                taken = self._cut(pattern, word, cut, taken)
+                taken = self._cut(pattern, word, cut, taken, lenient)
             if word in ("q", "k", "v") and (fused := [i for i in taken if len(self._anatomy.parameters[i].slots) > 1]):
                 name = self._anatomy.parameters[min(fused)].name
                 raise PatternError(
@@ -115,10 +139,8 @@ class Matcher:
                 )
         return taken
 
-    def _cut(self, pattern: RolePattern, word: str, cut: Slice, taken: frozenset[int]) -> frozenset[int]:
+    def _cut(self, pattern: RolePattern, word: str, cut: Slice, taken: frozenset[int], lenient: bool) -> frozenset[int]:
         parameters = self._anatomy.parameters
-        if word not in ("blocks", "stages"):
-            raise PatternError(f"@{_shown(pattern)}: {word} cannot be counted", "[...] goes after blocks or stages")
         kept: set[int] = set()
         for tower in self._anatomy.towers:
             here = [index for index in taken if parameters[index].tower == tower.name]
@@ -128,6 +150,8 @@ class Matcher:
             try:
                 positions = cut.indices(count)
             except PatternError as error:
+                if lenient and error.out_of_range:
+                    continue
                 raise PatternError(
                     f"@{_shown(pattern)}: in the {tower.name} tower, {error}",
                     error.fix,
@@ -140,16 +164,16 @@ class Matcher:
             )
         return frozenset(kept)
 
-    def _globs(self, pattern: NamePattern) -> Iterable[int]:
+    def _globs(self, pattern: NamePattern, lenient: bool) -> Iterable[int]:
         if pattern.slices:
-            return self._sliced(pattern, 0, "")
+            return self._sliced(pattern, 0, "", lenient)
         start = bisect_left(self._names, pattern.prefix)
         stop = bisect_left(self._names, pattern.prefix + "\U0010ffff")
         near = [pair for pair in self._sorted[start:stop] if pair[0].endswith(pattern.suffix)]
         whole = pattern.globs[0].fullmatch
         return [index for name, index in near if whole(name)]
 
-    def _sliced(self, pattern: NamePattern, piece: int, stem: str) -> Iterator[int]:
+    def _sliced(self, pattern: NamePattern, piece: int, stem: str, lenient: bool) -> Iterator[int]:
         """What the globs and slices from number `piece` on take of the names below `stem`, which ends in a dot."""
         glob = pattern.globs[piece]
         if piece == len(pattern.slices):
@@ -162,9 +186,11 @@ class Matcher:
             try:
                 positions = pattern.slices[piece].indices(len(numbers))
             except PatternError as error:
+                if lenient and error.out_of_range:
+                    continue
                 raise PatternError(f"under {path}, {error}", error.fix, out_of_range=error.out_of_range) from None
             for position in positions:
-                yield from self._sliced(pattern, piece + 1, f"{path}.{numbers[position]}.")
+                yield from self._sliced(pattern, piece + 1, f"{path}.{numbers[position]}.", lenient)
 
 
 def _slices(pattern: RolePattern | NamePattern) -> tuple[Slice, ...]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
 from typing import Any, TypeVar
 
 from tabulate import tabulate
 
 from clipfreeze.anatomy.parts import SLOTS, TAGS, TOWER_PARTS, TOWERS, Anatomy, Parameter
-from clipfreeze.plan.diff import Difference
+from clipfreeze.plan.diff import ParameterDifference, PlanDifference, Settings
 from clipfreeze.plan.value import Plan, PlannedParameter, RuleReport
 
-Placed = TypeVar("Placed", PlannedParameter, Difference, Parameter)
+Placed = TypeVar("Placed", PlannedParameter, ParameterDifference, Parameter)
 
 
 def plan_table(plan: Plan) -> str:
@@ -51,10 +50,17 @@ def explanation_table(parameters: Sequence[PlannedParameter]) -> str:
     return "\n\n".join(map(_explained, parameters))
 
 
-def difference_table(found: Sequence[Difference], names: tuple[str, str]) -> str:
+def difference_table(found: PlanDifference, names: tuple[str, str]) -> str:
     """Where two plans differ, part by part."""
-    rows = [(part, len(members), _changes(members)) for part, members in _folded(found, _changes)]
-    return grid(rows, ("part", "tensors", f"{names[0]} -> {names[1]}")) if rows else "no difference"
+    rows = [(part, len(members), _changes(members)) for part, members in _folded(found.parameters, _changes)]
+    sections = (("optimizer", found.optimizer), ("schedule", found.schedule))
+    rows += [(section, 0, _told(settings)) for section, settings in sections if settings]
+    shown = [(part, tensors or "", changes) for part, tensors, changes in rows]
+    return grid(shown, ("part", "tensors", f"{names[0]} -> {names[1]}")) if shown else "no difference"
+
+
+def _told(settings: Settings) -> str:
+    return "; ".join(f"{setting} {_word(one)} -> {_word(other)}" for setting, (one, other) in settings.items())
 
 
 def anatomy_table(anatomy: Anatomy) -> str:
@@ -83,7 +89,7 @@ def anatomy_table(anatomy: Anatomy) -> str:
     )
 
 
-def _changes(part: Sequence[Difference]) -> str:
+def _changes(part: Sequence[ParameterDifference]) -> str:
     settings = dict.fromkeys(setting for difference in part for setting in difference.settings)
     told = []
     for setting in settings:
@@ -118,14 +124,21 @@ def _folded(items: Iterable[Placed], treatment: Callable[[list[Placed]], Any]) -
     parts: dict[tuple[str, int | None], list[Placed]] = {}
     for item in sorted(items, key=_forward_order):
         parts.setdefault((item.role, item.block), []).append(item)
-    for (role, _), run in groupby(parts.items(), key=lambda part: (part[0][0], treatment(part[1]))):
-        keys, members = zip(*run, strict=True)
-        blocks = [block for _, block in keys if block is not None]
+    runs: list[tuple[Any, str, list[int], list[Placed]]] = []
+    for (role, block), members in parts.items():
+        treated = treatment(members)
+        former = runs[-1] if runs else None
+        if former and former[:2] == (treated, role) and block is not None and former[2] and former[2][-1] + 1 == block:
+            former[2].append(block)
+            former[3].extend(members)
+        else:
+            runs.append((treated, role, [] if block is None else [block], list(members)))
+    for _, role, blocks, members in runs:
         span = "" if not blocks else f"[{blocks[0]}]" if len(blocks) == 1 else f"[{blocks[0]}:{blocks[-1] + 1}]"
-        yield role + span, [item for part in members for item in part]
+        yield role + span, members
 
 
-def _forward_order(item: PlannedParameter | Difference | Parameter) -> tuple[int, int, int]:
+def _forward_order(item: PlannedParameter | ParameterDifference | Parameter) -> tuple[int, int, int]:
     tower, _, part = item.role.partition(".")
     return (
         TOWERS.index(tower) if tower in TOWERS else len(TOWERS),
@@ -134,8 +147,12 @@ def _forward_order(item: PlannedParameter | Difference | Parameter) -> tuple[int
     )
 
 
-def _treatment(part: list[PlannedParameter]) -> tuple[Any, ...]:
-    return tuple(sorted({(p.trainable, p.lr or 0.0, p.weight_decay or 0.0, _also(p)) for p in part}))
+def _treatment(part: list[PlannedParameter]) -> Any:
+    """What is done to each tensor of a part, by its name within it."""
+    alike = {(p.trainable, p.lr, p.weight_decay, _also(p)) for p in part}
+    if len(alike) == 1:
+        return alike
+    return {(p.name.partition(f".{p.block}.")[2], p.trainable, p.lr, p.weight_decay, _also(p)) for p in part}
 
 
 def _state(part: list[PlannedParameter]) -> tuple[str, str, str, str]:

@@ -30,48 +30,62 @@ def parse_value(text: str) -> KnobValue:
     """A value as the command line gives it: TOML where it is TOML (4, 1e-5, true, "x"), else the text itself."""
     try:
         value = tomli.loads(f"value = {text}")["value"]
-    except tomli.TOMLDecodeError:
+    except (ValueError, RecursionError):  # not TOML, or a number of thousands of digits
         return text
     return value if isinstance(value, (bool, int, float, str)) else text
 
 
-def knob_values(knobs: Mapping[str, Knob], given: Mapping[str, Any]) -> dict[str, KnobValue]:
-    """The value of every knob: the given one, or its default, which may name another knob. Raises KnobError."""
-    if unknown := next((name for name in given if name not in knobs), None):
-        fix = did_you_mean(unknown, list(knobs)) if knobs else "this policy has no knobs"
-        raise KnobError(f"no knob {unknown!r}", fix)
-    values: dict[str, KnobValue] = {}
+def knob_values(knobs: Mapping[str, Knob], given: Mapping[str, Any]) -> tuple[dict[str, KnobValue], list[KnobError]]:
+    """The value of each knob, the given one or its default, which may name another knob; and what is wrong.
 
-    def value_of(name: str, asked_by: tuple[str, ...]) -> KnobValue:
+    A knob whose value is wrong has none.
+    """
+    hint = "this policy has no knobs"
+    errors = [
+        KnobError(f"no knob {name!r}", did_you_mean(name, list(knobs)) if knobs else hint)
+        for name in given
+        if name not in knobs
+    ]
+    values: dict[str, KnobValue | None] = {}
+
+    def value_of(name: str, asked_by: tuple[str, ...]) -> KnobValue | None:
         if name in asked_by:
             raise KnobError(f"knobs ask each other for a default: {' -> '.join((*asked_by, name))}")
         if name not in knobs:
             raise KnobError(f"the default of knob {asked_by[-1]!r} names {name!r}, which is no knob")
         if name not in values:
-            value, knob = given.get(name, knobs[name].default), knobs[name]
-            kind = knob.default
+            values[name] = None
+            knob = knobs[name]
+            kind: KnobValue | None = knob.default
             if isinstance(kind, str) and (other := _REFERENCE.fullmatch(kind)):
+                del values[name]
                 kind = value_of(other[1], (*asked_by, name))
-                value = kind if name not in given else value
-            values[name] = checked(name, knob, kind, value)
+                values[name] = None
+            if kind is not None:
+                value = given.get(name, kind)
+                values[name] = checked(name, knob, kind, value)
         return values[name]
 
     for name in knobs:
-        value_of(name, ())
-    return values
+        try:
+            value_of(name, ())
+        except KnobError as error:
+            values.setdefault(name, None)
+            errors.append(error)
+    return {name: value for name, value in values.items() if value is not None}, errors
 
 
 def checked(name: str, knob: Knob, kind: KnobValue, value: Any) -> KnobValue:
     """`value` if the knob takes it; `kind` is the default, whose type the value must have. Raises KnobError."""
     bounded = knob.min is not None or knob.max is not None
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = _is_number(value)
     if knob.choices is not None and not (bounded and number):
         for choice in knob.choices:
             if choice == value and type(choice) is type(value):
                 return choice
-        words = ", ".join(map(_as_text, knob.choices)) + (", or a number" if bounded else "")
+        words = ", ".join(map(as_text, knob.choices)) + (", or a number" if bounded else "")
         raise KnobError(f"knob {name!r} cannot be {value!r}", f"one of: {words}")
-    if number and (bounded or (isinstance(kind, (int, float)) and not isinstance(kind, bool))):
+    if number and (bounded or _is_number(kind)):
         return _checked_number(name, knob, kind, value)
     if isinstance(value, (bool, str)) and type(value) is type(kind):
         return value
@@ -106,14 +120,14 @@ def substitute(value: Any, values: Mapping[str, KnobValue]) -> Any:
     if isinstance(value, str):
         if whole := _REFERENCE.fullmatch(value):
             return _known(whole[1], values)
-        return _REFERENCE.sub(lambda found: _as_text(_known(found[1], values)), value)
+        return _REFERENCE.sub(lambda found: as_text(_known(found[1], values)), value)
     if isinstance(value, Mapping):
         return {key: substitute(item, values) for key, item in value.items()}
     return [substitute(item, values) for item in value] if isinstance(value, list) else value
 
 
-def is_on(condition: str, values: Mapping[str, KnobValue]) -> bool:
-    """What a rule's `when` comes to. Raises KnobError for a form or knob unknown."""
+def is_on(condition: str, knobs: Mapping[str, Knob], values: Mapping[str, KnobValue]) -> bool:
+    """What a rule's `when` comes to. Raises KnobError for an unknown form or knob, or a value it never has."""
     if switch := _SWITCH.fullmatch(condition.strip()):
         value = _known(switch["knob"], values)
         if not isinstance(value, bool):
@@ -122,13 +136,26 @@ def is_on(condition: str, values: Mapping[str, KnobValue]) -> bool:
                 f'compare it: when = "{{{switch["knob"]}}} == {value}"',
             )
         return value != bool(switch["negated"])
-    if comparison := _COMPARISON.fullmatch(condition.strip()):
+    comparison = _COMPARISON.fullmatch(condition.strip())
+    if comparison and not re.search(r"[{}]|\b(and|or)\b", comparison["value"]):
         value, other = _known(comparison["knob"], values), parse_value(comparison["value"].strip())
-        same = value == other and isinstance(value, bool) == isinstance(other, bool)
-        return same == (comparison["operator"] == "==")
+        _check_comparable(comparison["knob"], knobs[comparison["knob"]], value, other)
+        return (value == other) == (comparison["operator"] == "==")
     raise KnobError(
         f"when = {condition!r} is no condition", 'write "{knob}", "not {knob}", "{knob} == word" or "{knob} != word"'
     )
+
+
+def _check_comparable(name: str, knob: Knob, value: KnobValue, other: KnobValue) -> None:
+    """No comparison that can never hold."""
+    if knob.choices is not None:
+        checked(name, knob, value, other)
+    elif _is_number(value) != _is_number(other) or isinstance(value, str) != isinstance(other, str):
+        raise KnobError(f"when compares knob {name!r}, which is {as_text(value)}, with {other!r}: never the same kind")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _known(name: str, values: Mapping[str, KnobValue]) -> KnobValue:
@@ -138,5 +165,6 @@ def _known(name: str, values: Mapping[str, KnobValue]) -> KnobValue:
     return values[name]
 
 
-def _as_text(value: KnobValue) -> str:
+def as_text(value: KnobValue) -> str:
+    """As TOML has it, without quotes."""
     return str(value).lower() if isinstance(value, bool) else str(value)

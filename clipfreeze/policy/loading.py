@@ -19,9 +19,13 @@ from clipfreeze.policy.schema import SETTINGS, Knob, Optimizer, PolicyFile, Rule
 
 @dataclass(frozen=True, slots=True)
 class PlacedRule:
-    """A rule with its knobs put in, and where it stands. `active` is false where its `when` switches it off."""
+    """A rule with its knobs put in, and where it stands: its file, and the name shown for it.
+
+    `active` is false where its `when` switches it off.
+    """
 
     rule: Rule
+    file: Path
     path: str
     line: int
     active: bool
@@ -91,11 +95,14 @@ def _locate(source: str | Path, base: Path | None = None) -> tuple[Path, str]:
     """File and the name to show for it; `base` is the folder of the policy that asks."""
     text = str(source)
     if text in (builtin := builtin_policies()):
-        return builtin[text], f"policies/{text}.toml"
+        return builtin[text], f"clipfreeze/policies/{text}.toml"
     looks_like_path = text.endswith(".toml") or "/" in text or "\\" in text
     path = Path(text) if base is None else base / text
-    if path.is_file():
-        return path, str(path)
+    try:
+        if path.is_file():
+            return path.resolve(), str(path)
+    except (OSError, ValueError):  # no system takes such a name
+        looks_like_path = False
     if looks_like_path:
         what = f"{path} is a folder" if path.is_dir() else f"no policy file {path}"
         raise PolicyError(what, _near_file(path))
@@ -112,27 +119,29 @@ def _near_file(path: Path) -> str | None:
 def _chain(source: str | Path) -> list[_Document]:
     """The files `source` is built from, parents first, each once."""
     documents: dict[Path, _Document] = {}
+    problems: list[Problem] = []
 
-    def visit(source: str | Path, asked_by: tuple[_Document, ...]) -> None:
-        child = asked_by[-1] if asked_by else None
-        try:
-            path, shown = _locate(source, child.path.parent if child else None)
-            document = _parse(path, shown)
-        except PolicyError as error:
-            if child is None or any(problem.line for problem in error.problems):
-                raise
-            raise PolicyError([child.problem(("extends",), p.what, p.fix) for p in error.problems]) from None
-        trail = [parent.path.resolve() for parent in asked_by]
-        if path.resolve() in trail:
-            assert child is not None
-            circle = [*asked_by[trail.index(path.resolve()) :], document]
-            what = "extends goes in a circle: " + " -> ".join(part.shown for part in circle)
-            raise PolicyError(child.problem(("extends",), what, "take one of these extends out"))
+    def visit(document: _Document, asked_by: tuple[_Document, ...]) -> None:
+        trail = (*asked_by, document)
         for parent in _parents(document):
-            visit(parent, (*asked_by, document))
-        documents.setdefault(path.resolve(), document)
+            try:
+                path, shown = _locate(parent, document.path.parent)
+                if path in documents:
+                    continue
+                paths = [asking.path for asking in trail]
+                if path in paths:
+                    circle = [*(asking.shown for asking in trail[paths.index(path) :]), shown]
+                    raise PolicyError(
+                        "extends goes in a circle: " + " -> ".join(circle), "take one of these extends out"
+                    )
+                visit(_parse(path, shown), trail)
+            except PolicyError as error:
+                problems.extend(p if p.path else document.problem(("extends",), p.what, p.fix) for p in error.problems)
+        documents[document.path] = document
 
-    visit(source, ())
+    visit(_parse(*_locate(source)), ())
+    if problems:
+        raise PolicyError(problems)
     return list(documents.values())
 
 
@@ -165,10 +174,12 @@ def _parse(path: Path, shown: str) -> _Document:
         return _Document(path, shown, tomli.loads(text), key_lines(text))
     except tomli.TOMLDecodeError as error:
         raise PolicyError(Problem(f"not TOML: {error.msg}", _toml_advice(error), shown, error.lineno)) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in thousands
+        raise PolicyError(Problem(f"not TOML that can be read: {error}", path=shown)) from None
 
 
 def _toml_advice(error: tomli.TOMLDecodeError) -> str | None:
-    line = error.doc.splitlines()[error.lineno - 1] if error.lineno <= error.doc.count("\n") + 1 else ""
+    line = error.doc.split("\n")[error.lineno - 1]
     if "\\" in line and ("escape" in error.msg.lower() or "hex" in error.msg.lower() or "\\" in error.msg):
         return "a backslash starts an escape in double quotes: use single quotes, or forward slashes"
     if "*" in line.partition("=")[0]:
@@ -182,28 +193,39 @@ def _read(documents: list[_Document], given: Mapping[str, Any]) -> Policy:
     problems: list[Problem] = []
     knobs = _merged_knobs(documents, problems)
     last = documents[-1]
-    if problems:
-        raise PolicyError([*problems, *_shape_problems(documents)])
-    try:
-        values = knob_values(knobs, given)
-    except KnobError as error:
-        raise PolicyError(last.problem(("params",), str(error), error.fix)) from None
+    values, errors = knob_values(knobs, given)
+    problems.extend(last.problem(("params",), str(error), error.fix) for error in errors)
+    declared = {name for document in documents for name in _params(document)}
 
     files: list[tuple[_Document, PolicyFile]] = []
-    active: dict[tuple[str, int], bool] = {}
+    active: dict[tuple[Path, int], bool] = {}
     for document in documents:
-        data, faults = _with_knobs(document, values, active)
-        problems.extend(faults.values())
+        data, faults = _with_knobs(document, knobs, values, declared - values.keys(), active)
+        problems.extend(problem for problem in faults.values() if problem)
         try:
             files.append((document, PolicyFile.model_validate(data)))
         except ValidationError as error:
             problems.extend(_explained(document, data, error, told=set(faults)))
     problems.extend(_unread_knobs(documents, knobs))
+    problems.extend(
+        document.problem(
+            ("rule", number), "this rule says nothing of what it matches", "write freeze, train or lr in it"
+        )
+        for document, file in files
+        for number, rule in enumerate(file.rule)
+        if active[document.path, number] and not rule.said()
+    )
     if problems:
         raise PolicyError(problems)
 
     rules = tuple(
-        PlacedRule(rule, document.shown, line_of(document.lines, ("rule", number)), active[document.shown, number])
+        PlacedRule(
+            rule,
+            document.path,
+            document.shown,
+            line_of(document.lines, ("rule", number)),
+            active[document.path, number],
+        )
         for document, file in files
         for number, rule in enumerate(file.rule)
     )
@@ -258,16 +280,15 @@ def _merged_knobs(documents: list[_Document], problems: list[Problem]) -> dict[s
     merged: dict[str, dict[str, Any]] = {}
     knobs: dict[str, Knob] = {}
     for document in documents:
-        params = document.data.get("params", {})
-        if not isinstance(params, dict):
+        if not isinstance(document.data.get("params", {}), dict):
             problems.append(document.problem(("params",), "params is a table of knobs", "write [params]"))
-            continue
-        for name, raw in params.items():
+        for name, raw in _params(document).items():
             where = ("params", name)
             if not isinstance(raw, dict):
-                problems.append(
-                    document.problem(where, f"knob {name!r} is no table", f"write {name} = {{ default = {raw!r} }}")
-                )
+                fix = f"write {name} = {{ default = {_toml(raw)} }}"
+                if name in PolicyFile.model_fields:
+                    fix = "put it above the first table"
+                problems.append(document.problem(where, f"knob {name!r} is no table", fix))
                 continue
             merged[name] = merged.get(name, {}) | raw
             try:
@@ -277,14 +298,29 @@ def _merged_knobs(documents: list[_Document], problems: list[Problem]) -> dict[s
     return knobs
 
 
+def _params(document: _Document) -> dict[str, Any]:
+    params = document.data.get("params")
+    return params if isinstance(params, dict) else {}
+
+
 def _with_knobs(
-    document: _Document, values: Mapping[str, KnobValue], active: dict[tuple[str, int], bool]
-) -> tuple[dict[str, Any], dict[Where, Problem]]:
-    """The document with knobs put in and without its `params`, and faults by key; notes which rules are on."""
+    document: _Document,
+    knobs: Mapping[str, Knob],
+    values: Mapping[str, KnobValue],
+    unknown: AbstractSet[str],
+    active: dict[tuple[Path, int], bool],
+) -> tuple[dict[str, Any], dict[Where, Problem | None]]:
+    """The document with knobs put in and without its `params`, and faults by key; notes which rules are on.
+
+    `unknown` are knobs with a fault of their own: what reads them is passed over, its fault being None.
+    """
     data = {key: value for key, value in document.data.items() if key != "params"}
-    faults: dict[Where, Problem] = {}
+    faults: dict[Where, Problem | None] = {}
 
     def put_in(where: Where, value: Any) -> Any:
+        if references(value) & unknown:
+            faults[where] = None
+            return value
         try:
             return substitute(value, values)
         except KnobError as error:
@@ -293,7 +329,7 @@ def _with_knobs(
 
     rules = data.get("rule")
     if isinstance(rules, dict):
-        faults["rule",] = _single_rule(document)
+        faults["rule",] = document.problem(("rule",), "[rule] is one table, rules are a list", "write [[rule]]")
         del data["rule"]
     elif isinstance(rules, list):
         data["rule"] = []
@@ -302,14 +338,14 @@ def _with_knobs(
                 faults["rule",] = document.problem(("rule",), "a rule is a table", "write [[rule]]")
                 continue
             condition = rule.get("when")
-            active[document.shown, number] = True
-            if isinstance(condition, str):
+            active[document.path, number] = True
+            if isinstance(condition, str) and not references(condition) & unknown:
                 try:
-                    active[document.shown, number] = is_on(condition, values)
+                    active[document.path, number] = is_on(condition, knobs, values)
                 except KnobError as error:
                     where = ("rule", number, "when")
                     faults[where] = document.problem(where, str(error), error.fix)
-            on = active[document.shown, number]
+            on = active[document.path, number]
             data["rule"].append(
                 {
                     key: value if key == "when" else put_in(("rule", number, key), value)
@@ -325,32 +361,20 @@ def _with_knobs(
     return data, faults
 
 
-def _shape_problems(documents: list[_Document]) -> Iterator[Problem]:
-    """Problems that show without knob values, for the answer that has to end at the knobs."""
-    for document in documents:
-        for key in document.data:
-            if key not in PolicyFile.model_fields:
-                yield _unknown_key(document, (key,), list(PolicyFile.model_fields))
-        if isinstance(document.data.get("rule"), dict):
-            yield _single_rule(document)
-
-
-def _single_rule(document: _Document) -> Problem:
-    return document.problem(("rule",), "[rule] is one table, rules are a list", "write [[rule]]")
-
-
 def _unread_knobs(documents: list[_Document], knobs: Mapping[str, Knob]) -> Iterator[Problem]:
     read = references(
         [document.data.get(key) for document in documents for key in ("rule", "optimizer", "schedule", "default")]
     )
     read |= references([knob.default for knob in knobs.values()])
     for document in documents:
-        for name in document.data.get("params", {}):
+        for name in _params(document):
             if name not in read:
                 yield document.problem(
                     ("params", name), f"knob {name!r} is read by no rule", f"use {{{name}}}, or take it out"
                 )
 
+
+_OPPOSITES = {"train": "write freeze = true", "freeze": "write train = true"}
 
 _TYPES = {
     "float_type": "a number",
@@ -387,7 +411,7 @@ def _explained(
         value, kind = fault["input"], fault["type"]
         what, fix = f"{name}: {fault['msg'].removeprefix('Value error, ')}", None
         if name == "clamp":
-            what = f"clamp = {_toml(value)}: two numbers are expected"
+            what = f"clamp = {_toml(value)}: two numbers are expected, the lower one first"
             fix = "write clamp = [low, high] with low < high"
         elif kind == "missing":
             what = f"{fault['loc'][-1]} is missing"
@@ -395,7 +419,7 @@ def _explained(
             what = f"{name} = {value!r}: a finite number is expected"
         elif kind == "literal_error" and fault["ctx"]["expected"] == "True":
             what = f"{name} = {_toml(value)}"
-            fix = "write freeze = true" if name == "train" else "write train = true" if name == "freeze" else None
+            fix = f"write {name} = true without quotes" if value == "true" else _OPPOSITES.get(name)
         elif kind in _TYPES:
             what = f"{name} = {_toml(value)}: {_TYPES[kind]} is expected"
             fix = f"write {name} = {value} without quotes" if isinstance(value, str) and _is_number(value) else None
@@ -431,6 +455,8 @@ def _unknown_key(document: _Document, where: Where, known: list[str]) -> Problem
         "scheduler": "schedule",
     }
     key = str(where[-1])
+    if len(where) > 1 and key in PolicyFile.model_fields and key not in known:
+        return document.problem(where, f"unknown key {key!r}", "it goes above the first table")
     fix = f"did you mean {synonyms[key]}?" if synonyms.get(key) in known else did_you_mean(key, known)
     return document.problem(where, f"unknown key {key!r}", fix)
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 _SLICE = re.compile(r"-?\d+%?|(-?\d+%?)?:(-?\d+%?)?(:-?\d+)?")
+_FORGOTTEN_DOT = re.compile(r"\[(-\d+%?|-?\d*%?:[-:\d%]*)\]")
 _ROLE_WORD = re.compile(r"(?P<word>\w+)(\[(?P<slice>[^\]]*)\])?")
+
+
+MOST_ALTERNATIVES = 1000
+"""Braces multiply."""
 
 
 class PatternError(ValueError):
@@ -79,10 +85,17 @@ class NamePattern:
 
 def parse_pattern(text: str) -> list[RolePattern | NamePattern]:
     """The alternatives of a pattern, braces expanded; raises PatternError."""
-    return [_parse_role(part) if part.startswith("@") else _parse_name(part) for part in _expand_braces(text)]
+    alternatives = []
+    for part in _expand_braces(text):
+        alternatives.append(_parse_role(part) if part.startswith("@") else _parse_name(part))
+        if len(alternatives) > MOST_ALTERNATIVES:
+            raise PatternError(
+                f"pattern {text!r} stands for more than {MOST_ALTERNATIVES} patterns", "take out some braces"
+            )
+    return alternatives
 
 
-def _expand_braces(text: str) -> list[str]:
+def _expand_braces(text: str) -> Iterator[str]:
     """`a.{b,c{d,e}}.f` -> a.b.f, a.cd.f, a.ce.f"""
     depth, start, cuts = 0, 0, list[int]()
     for at, char in enumerate(text):
@@ -99,10 +112,12 @@ def _expand_braces(text: str) -> list[str]:
             if depth == 0:
                 cuts.append(at)
                 options = [text[cut + 1 : end] for cut, end in pairwise(cuts)]
-                return [whole for option in options for whole in _expand_braces(text[:start] + option + text[at + 1 :])]
+                for option in options:
+                    yield from _expand_braces(text[:start] + option + text[at + 1 :])
+                return
     if depth:
         raise PatternError(f"pattern {text!r} has a brace without its partner", "write {a,b}")
-    return [text]
+    yield text
 
 
 def _parse_role(text: str) -> RolePattern:
@@ -138,6 +153,9 @@ def _parse_name(text: str) -> NamePattern:
             globs.append(".".join(components))
             slices.append(Slice(inner))
             components = []
+        elif forgotten := _FORGOTTEN_DOT.search(component):
+            fix = f"write {component.replace(forgotten[0], f'{forgotten[0]}.')}" if component != forgotten[0] else None
+            raise PatternError(f"in pattern {text!r}, the slice {forgotten[0]} is no component by itself", fix)
         else:
             components.append(component)
     globs.append(".".join(components))
@@ -162,9 +180,25 @@ def _regex(glob: str) -> str:
         elif char == "?":
             parts.append(".")
         elif char == "[" and (end := glob.find("]", at + (2 if glob[at : at + 1] == "!" else 1))) > 0:
-            inner = glob[at:end].replace("\\", "\\\\").replace("[", "\\[").replace("^", "\\^").replace("&&", "&\\&")
-            parts.append(f"[{'^' + inner[1:] if inner.startswith('!') else inner}]")
+            parts.append(_character_class(glob[at:end]))
             at = end + 1
         else:
             parts.append(re.escape(char))
     return "(?s:" + "".join(parts) + ")"
+
+
+def _character_class(inner: str) -> str:
+    """`[!a-z]` without its brackets as a regular expression; an empty range, `z-a`, takes nothing."""
+    negated = inner.startswith("!")
+    parts, at = list[str](), int(negated)
+    while at < len(inner):
+        low, high = inner[at], inner[at]
+        if inner[at + 1 : at + 2] == "-" and at + 2 < len(inner):
+            high = inner[at + 2]
+            at += 2
+        at += 1
+        if low <= high:
+            parts.append(f"{re.escape(low)}-{re.escape(high)}")
+    if not parts:
+        return "." if negated else "(?!)"
+    return f"[{'^' * negated}{''.join(parts)}]"

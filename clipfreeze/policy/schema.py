@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 from clipfreeze.policy.span import Span, parse_span
 
@@ -27,10 +27,23 @@ def _checked_warmup(value: Any) -> Any:
     return value
 
 
-Patterns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_listed)]
+_TEXT = {"type": "string", "minLength": 1}
+Patterns = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    BeforeValidator(_listed),
+    WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]}),
+]
+_KNOB = {"type": "string", "pattern": r"^\{\w+\}$", "description": "a knob"}
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Range = Annotated[
+    tuple[Finite, Finite],
+    BeforeValidator(_listed),
+    WithJsonSchema(
+        {"type": "array", "items": {"anyOf": [{"type": "number"}, _KNOB]}, "minItems": 2, "maxItems": 2},
+    ),
+]
 Warmup = Annotated[int | str, BeforeValidator(_checked_warmup)]
 
 
@@ -60,18 +73,18 @@ class Settings(Spec):
     freeze: Literal[True] | None = Field(None, description="do not train")
     train: Literal[True] | None = Field(None, description="train")
     lr: Positive | None = Field(None, description="learning rate at the peak of the schedule")
-    lr_scale: Positive | None = Field(None, description="times the learning rate that stands so far")
+    lr_scale: Positive | None = Field(
+        None, description="times the learning rate that stands so far; of several, the last alone"
+    )
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="times the learning rate, once for each block between a parameter and the end of its tower"
+        None, description="times the learning rate: once for the last block of a tower, once more for each one below"
     )
     weight_decay: NotNegative | None = Field(None, description="decoupled or L2, as the optimizer has it")
     schedule: Literal["cosine", "linear", "constant"] | None = Field(
         None, description="in place of the policy's schedule"
     )
     init: Finite | str | None = Field(None, description='start value: "zeros", "xavier", "normal(0.02)" or a number')
-    clamp: Annotated[tuple[Finite, Finite], BeforeValidator(_listed)] | None = Field(
-        None, description="[low, high], kept after every optimizer step"
-    )
+    clamp: Range | None = Field(None, description="[low, high], kept after every optimizer step")
     l2sp: NotNegative | None = Field(
         None, description="pull towards the start values: adds l2sp * |w - w0|^2 to the loss (arXiv 1802.01483)"
     )
@@ -95,10 +108,9 @@ class Settings(Spec):
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
-        if self.freeze and self.train:
-            raise ValueError("freeze and train together: say one")
-        if self.lr is not None and self.lr_scale is not None:
-            raise ValueError("lr and lr_scale together: say one")
+        pairs = (("freeze", "train"), ("lr", "lr_scale"))
+        if both := [pair for pair in pairs if all(getattr(self, name) is not None for name in pair)]:
+            raise ValueError("; ".join(f"{one} and {other} together: say one" for one, other in both))
         if self.freeze and (idle := [name for name in TRAINING_SETTINGS if getattr(self, name) is not None]):
             raise ValueError(f"{', '.join(idle)} on what this rule freezes: nothing would read it")
         return self
@@ -181,11 +193,10 @@ class PolicyFile(Spec):
 def policy_schema() -> dict[str, Any]:
     """The JSON schema of a policy file for editors: any setting may be a knob in braces."""
     schema = PolicyFile.model_json_schema()
-    knob = {"type": "string", "pattern": r"^\{\w+\}$", "description": "a knob"}
     for model in ("Rule", "Optimizer", "Schedule"):
         properties = schema["$defs"][model]["properties"]
         for name, setting in properties.items():
             if name not in ("match", "exclude", "when", "optional"):
                 said = {key: setting.pop(key) for key in ("description", "default", "title") if key in setting}
-                properties[name] = {**said, "anyOf": [*setting.get("anyOf", [setting]), knob]}
+                properties[name] = {**said, "anyOf": [*setting.get("anyOf", [setting]), _KNOB]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

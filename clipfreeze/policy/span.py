@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Unit = Literal["steps", "epochs", "share"]
-_FORMS = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>%|steps?|epochs?)")
+_FORMS = re.compile(r"(?P<number>\d{1,12}(\.\d{1,12})?)\s*(?P<unit>%|steps?|epochs?)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,9 @@ def test_explain_and_diff_and_roles(cli):
     code, out, _ = cli("diff", "last_n", "last_n", "--set", "n=3")
     assert code == 0
     assert out.count("vision.blocks[9]") == out.count("text.blocks[9]") == 1
-    assert json.loads(cli("diff", "last_n", "last_n", "--format", "json")[1]) == []
+    same = json.loads(cli("diff", "last_n", "last_n", "--format", "json")[1])
+    assert same == {"parameters": [], "optimizer": {}, "schedule": {}}
+    assert "name adamw -> sgd" in cli("diff", "last_n", "norm_bias")[1]
     code, out, _ = cli("roles", "RN50")
     assert code == 0
     assert "@vision.blocks[0:16]" in out
@@ -122,6 +124,7 @@ WRONG = [  # arguments, text of mine.toml, words of the message
     (["apply", "mine.toml", "--dry-run"], "[[rule]]\nmatch = 'visual.transfomer.*'\ntrain = true\nlr = 1\n",
      ["mine.toml:1", "visual.transformer.*"]),
     (["check", "mine.toml"], RULE + "[optimizer]\nname = 'adamv'\n", ["mine.toml:5", "AdamW"]),
+    (["check", "mine.toml"], RULE.replace("*", "@visoin"), ["mine.toml:1", "vision"]),
     (["explain", "last_n", "visual.porj"], "", ["visual.proj"]),
     (["train", "last_n", "--data", "nothing.csv"], "", ["nothing.csv"]),
     (["train", "last_n", "--model", "demo", "--val", "mine.toml"], "", ["--data"]),

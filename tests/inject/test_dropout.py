@@ -86,6 +86,7 @@ def test_names_and_parameters_stay_as_they_were():
         assert (model.proj.shape, model.proj.requires_grad) == (parameter.shape, True)
         assert torch.equal(model.proj.T, parameter.T)
         assert torch.equal(torch.add(model.proj, 1), parameter + 1)
+        assert torch.equal(functional.linear(torch.ones(2, 3), weight=model.proj), torch.ones(2, 3) @ parameter.T)
         assert not isinstance(model.proj, nn.Parameter)
         model.load_state_dict({"proj": torch.zeros(4, 3)})
         assert not model(torch.ones(2, 4)).any()

@@ -114,6 +114,19 @@ def test_the_length_of_the_run_is_filled_in():
     assert single(Schedule(name="CosineAnnealingLR", warmup=2), 10)[2:] == pytest.approx([lr for (lr,) in expected])
 
 
+def test_a_polynomial_lasts_as_long_as_the_run():
+    by_hand = optimizer()
+    expected = factors(by_hand, lr_scheduler.PolynomialLR(by_hand, 8), 9)
+    assert single(Schedule(name="PolynomialLR", warmup=2), 10)[2:] == pytest.approx([lr for (lr,) in expected])
+
+
+def test_a_group_of_the_user_s_own_needs_no_name():
+    made = optimizer()
+    made.add_param_group({"params": [torch.zeros(1, requires_grad=True)], "lr": 3.0})
+    rates = factors(made, build_scheduler(Schedule(name="linear"), made, 10), 10)
+    assert [own / first for first, own in rates] == pytest.approx([3.0] * 10)
+
+
 def test_the_peak_of_onecycle_is_the_lr_of_each_group():
     made = optimizer(1.0, 10.0, momentum=0.9)
     rates = factors(made, build_scheduler(Schedule(name="OneCycleLR"), made, 20), 20)

@@ -66,6 +66,7 @@ def test_a_third_of_a_fused_weight_cannot_be_frozen_or_trained():
         names("@vision.blocks.attn.q")
     assert ".attn.qkv" in caught.value.fix
     assert len(names("@attn.q", anatomy(fused=False))) == 15
+    assert len(names("@attn.qkv", anatomy(fused=False))) == 45
 
 
 @pytest.mark.parametrize("pattern", ["@text.blocks[99]", "@vision.blocks[-20:]", "*.resblocks.[-4:].*", "@blocks[:4]"])
@@ -89,6 +90,9 @@ def test_a_wrong_role_word_gets_the_nearest(pattern, words):
     [
         ("visual.transfomer.*", "visual.transformer.*"),
         (r"^visual\..*$", "globs, not regular expressions: visual.*"),
+        (r"^visual\.transformer\.resblocks\.(10|11)\..*", "visual.transformer.resblocks.{10,11}.*"),
+        (r"^@vision", "globs, not regular expressions"),
+        (r"^.[0].x", "globs, not regular expressions"),
         ("Visual.*", "visual.*"),
         ("LOGIT_SCALE", "logit_scale"),
         ("visual.transformer", "did you mean visual.transformer.*?"),

@@ -121,11 +121,11 @@ WRONG = {  # text: words of the one problem
         ":5:", "decides nothing", "line 8"],
     ALL + '[[rule]]\nmatch = "*"\nfreeze = true\n': [":5:", "nothing trains", "freezes *"],
     '[[rule]]\nmatch = "*"\nweight_decay = 0\noptional = true\n': [
-        ":1:", "nothing trains", "no rule says train = true"],
+        ":1:", "nothing trains", "no rule trains anything"],
     '[[rule]]\nmatch = "logit_scale"\ntrain = true\n': [":1:", "logit_scale trains and has no lr", "[optimizer]"],
     '[[rule]]\nmatch = "logit_scale"\ntrain = true\nlr = 1\n[[rule]]\nmatch = "visual.*"\nlr = 1\n': [
         ":5:", "lr on what stays frozen", "default"],
-    ALL + '[[rule]]\nmatch = "logit_scale"\ndropout = 0.1\n': [":5:", "no projection", "@projections"],
+    ALL + '[[rule]]\nmatch = "logit_scale"\ndropout = 0.1\n': [":5:", "no projection", "@proj"],
     ALL + '[[rule]]\nmatch = "*"\nlr_scale = 2\n[[rule]]\nmatch = "*"\nlr = 1\n': [":5:", "decides nothing", "line 8"],
 }  # fmt: skip
 
@@ -163,6 +163,34 @@ def test_a_file_may_outvote_the_one_it_extends(tmp_path):
     child = 'extends = "./parent.toml"\n[[rule]]\nmatch = "*"\nfreeze = true\n'
     child += '[[rule]]\nmatch = "visual.proj"\ntrain = true\n'
     assert [p.name for p in plan(child, tmp_path).trainable] == ["visual.proj"]
+
+
+def test_an_earlier_file_may_not_freeze_what_a_later_one_tunes(tmp_path):
+    policy(tmp_path, ALL + '[[rule]]\nmatch = "@text"\nfreeze = true\n', "parent")
+    (problem,) = problems('extends = "./parent.toml"\n[[rule]]\nmatch = "@text.blocks[-1]"\nlr = 3e-5\n', tmp_path)
+    assert "mine.toml:2: lr on what stays frozen" in problem
+    assert "parent.toml:5" in problem
+
+
+def test_an_exclude_that_leaves_nothing_is_told(tmp_path):
+    (problem,) = problems(ALL + '[[rule]]\nmatch = "@norms"\nexclude = "@norms"\nlr = 1\n', tmp_path)
+    assert "takes out all that matched" in problem
+
+
+def test_optional_passes_over_the_tower_that_is_short_alone(tmp_path):
+    text = '[[rule]]\nmatch = "@blocks[-5:]"\noptional = true\ntrain = true\nlr = 1e-5\n'
+    assert {(p.role, p.block) for p in plan(text, tmp_path).trainable} == {("vision.blocks", i) for i in range(7, 12)}
+
+
+def test_a_setting_of_what_the_model_never_trains_is_told_as_such(tmp_path):
+    (problem,) = problems(ALL + '[[rule]]\nmatch = "positional_embedding"\nlr = 1\n', tmp_path)
+    assert "which the model itself never trains" in problem
+
+
+def test_many_rules_over_every_parameter_share_their_claims(tmp_path):
+    made = plan(ALL + '[[rule]]\nmatch = "*"\nlr_scale = 0.5\n', tmp_path)
+    first, second = (parameter.claims[-1] for parameter in made.parameters[:2])
+    assert first is second
 
 
 def test_an_empty_slice_said_by_a_knob_is_no_mistake(tmp_path):

@@ -5,7 +5,7 @@ from made import anatomy, policy
 
 from clipfreeze.errors import PlanError
 from clipfreeze.plan.build import resolve
-from clipfreeze.plan.diff import differences
+from clipfreeze.plan.diff import compare_plans
 from clipfreeze.plan.explain import explain_parameters
 from clipfreeze.plan.tables import anatomy_table, difference_table, explanation_table
 
@@ -63,17 +63,35 @@ def test_explain_of_nothing_names_the_nearest(plan):
 
 def test_diff_folds_and_lists_what_differs(plan, tmp_path):
     other = resolve(policy(tmp_path, TEXT.replace("[-2:]", "[-3:]").replace("1e-3", "1e-4"), "other"), MADE)
-    found = list(differences(plan, other))
-    assert {d.name: d.settings.get("lr") for d in found}["text_projection"] == (1e-3, 1e-4)
+    found = compare_plans(plan, other)
+    assert {d.name: d.settings.get("lr") for d in found.parameters}["text_projection"] == (1e-3, 1e-4)
     table = difference_table(found, ("mine", "other"))
     assert "vision.blocks[9]" in table
     assert "trainable false -> true" in table
-    assert difference_table(list(differences(plan, plan)), ("mine", "mine")) == "no difference"
+    assert difference_table(compare_plans(plan, plan), ("mine", "mine")) == "no difference"
+
+
+def test_only_blocks_that_differ_are_named(plan, tmp_path):
+    text = TEXT + '[[rule]]\nmatch = ["@vision.blocks[10]", "@vision.blocks[0]"]\ntrain = true\nlr = 2e-5\n'
+    other = resolve(policy(tmp_path, text + '[optimizer]\nname = "sgd"\n', "other"), MADE)
+    table = difference_table(compare_plans(plan, other), ("mine", "other"))
+    assert [line.split()[0] for line in table.splitlines()[2:]] == [
+        "vision.blocks[0]",
+        "vision.blocks[10]",
+        "optimizer",
+    ]
+
+
+def test_blocks_that_train_different_tensors_have_rows_of_their_own(tmp_path):
+    text = '[[rule]]\nmatch = ["@vision.blocks[0].attn", "@vision.blocks[1].mlp"]\ntrain = true\nlr = 1\n'
+    table = str(resolve(policy(tmp_path, text), MADE))
+    assert row(table, "vision.blocks[0]")
+    assert row(table, "vision.blocks[1]")
 
 
 def test_diff_of_two_models_is_refused(plan, tmp_path):
     with pytest.raises(PlanError, match="different models"):
-        list(differences(plan, resolve(policy(tmp_path, TEXT), anatomy(vision=11))))
+        compare_plans(plan, resolve(policy(tmp_path, TEXT), anatomy(vision=11)))
 
 
 def test_roles_are_listed_with_counts():

@@ -3,10 +3,13 @@
 import os.path
 from pathlib import Path
 
+import jsonschema
 import pytest
+import tomli
 
 from clipfreeze.errors import PolicyError
 from clipfreeze.policy.loading import builtin_policies, load_policy
+from clipfreeze.policy.schema import policy_schema
 
 
 def write(folder: Path, text: str, name: str = "mine.toml") -> str:
@@ -199,3 +202,60 @@ def test_built_in_policies_load_say_what_they_are_and_begin_with_a_comment(name)
 def test_names_do_not_depend_on_the_system(monkeypatch):
     monkeypatch.setattr(os.path, "normcase", str.lower)
     assert "no policy 'LAST_N'" in problems("LAST_N")[0]
+
+
+HARD = {  # what once ended in a traceback or passed in silence: text, words of a message
+    'name = "x"\nextends = ["base"\n': ["not TOML"],
+    "[params]\nn = { default = 2\n": ["not TOML"],
+    "n = " + "9" * 5000 + "\n": ["not TOML"],
+    "n = " + "[" * 5000 + "\n": ["not TOML"],
+    RULE + "[schedule]\nwarmup = " + "9" * 400 + "\n": ["warmup"],
+    "extends = '" + "x" * 5000 + "'\n" + RULE: ["no policy"],
+    '[[rule]]\nmatch = "@text"\n': ["says nothing"],
+    "extends = ['./nope.toml', './nope2.toml']\n": ["nope.toml"],
+    "[params]\nextends = 'base'\n" + RULE: ["above the first table"],
+    RULE.replace("true", '"true"'): ["write train = true without quotes"],
+    "[params]\nheads = true\n" + RULE: ["heads = { default = true }"],
+    "[params]\na = { default = 'x' }\n" + RULE + "when = '{a} == x and {a} == y'\n": ["no condition"],
+    "[params]\na = { default = 'x' }\n" + RULE + "when = '{a} == {a}'\n": ["no condition"],
+    "[params]\na = { default = 'x', choices = ['x', 'y'] }\n" + RULE + "when = '{a} == X'\n": ["one of: x, y"],
+    "[params]\na = { default = true }\n" + RULE + "when = '{a} == True'\n": ["never the same kind"],
+    "[params]\na = { default = '4' }\n" + RULE + "when = '{a} == 4'\n": ["never the same kind"],
+    "[params]\nn = 2\n" + RULE + "learning_rate = '{n}'\nfreze = true\n": ["write n =", "learning_rate", "freze"],
+    RULE + "lr = 1\nfreeze = true\nlr_scale = 2\n": ["freeze and train together", "lr and lr_scale together"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HARD, ids=range(len(HARD)))
+def test_odd_input_is_told_all_the_same(tmp_path, text):
+    found = "\n".join(problems(write(tmp_path, text)))
+    assert all(word in found for word in HARD[text]), found
+
+
+def test_every_missing_parent_and_every_wrong_knob_is_told(tmp_path):
+    assert len(problems(write(tmp_path, "extends = ['./nope.toml', './nope2.toml']\n"))) == 2
+    found = problems(write(tmp_path, "[params]\nn = { default = 2 }\n" + RULE + "freze = '{n}'\n"), n="x", m=1)
+    assert len(found) == 3, found
+
+
+def test_a_file_of_a_built_in_policy_s_name_is_another_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "policies").mkdir()
+    path = write(tmp_path / "policies", "extends = 'last_n'\n" + RULE + RULE, "last_n.toml")
+    own = [rule.active for rule in load_policy("last_n").rules]
+    assert [rule.active for rule in load_policy(path).rules] == [*own, True, True]
+
+
+def test_a_deep_chain_of_doubled_parents_takes_no_time(tmp_path):
+    write(tmp_path, RULE, "p0.toml")
+    for depth in range(1, 25):
+        write(tmp_path, f"extends = ['./p{depth - 1}.toml', './p{depth - 1}.toml']\n", f"p{depth}.toml")
+    assert len(load_policy(tmp_path / "p24.toml").rules) == 1
+
+
+def test_the_schema_accepts_every_policy_that_ships_and_refuses_a_misspelt_key():
+    schema = jsonschema.Draft202012Validator(policy_schema())
+    for path in builtin_policies().values():
+        schema.validate(tomli.loads(path.read_text(encoding="utf-8")))
+    with pytest.raises(jsonschema.ValidationError, match="freze"):
+        schema.validate({"rule": [{"match": "*", "freze": True}]})

@@ -14,7 +14,7 @@ def matches(pattern: str, name: str) -> bool:
     return any(alternative.globs[0].fullmatch(name) for alternative in parse_pattern(pattern))
 
 
-@given(st.text("ab.*?[]!-^\\1", max_size=8), st.text("ab.-^1\\", max_size=8))
+@given(st.text("ab.*?[]!-^\\1&|~", max_size=8), st.text("ab.-^1\\&|~", max_size=8))
 def test_globs_without_slices_match_as_fnmatchcase_does(pattern, name):
     try:
         (alternative,) = parse_pattern(pattern)
@@ -75,6 +75,22 @@ def test_a_leading_zero_is_a_character_class_and_no_index():
 def test_roles_are_words_with_slices():
     (role,) = parse_pattern("@vision.blocks[-2:].attn.q")
     assert role == RolePattern((("vision", None), ("blocks", Slice("-2:")), ("attn", None), ("q", None)))
+
+
+@pytest.mark.parametrize("pattern", ["resblocks.[-2:]*", "a.b[10:].c", "a.x[-1]"])
+def test_a_slice_that_is_no_component_by_itself_is_no_character_class(pattern):
+    with pytest.raises(PatternError, match="no component by itself"):
+        parse_pattern(pattern)
+
+
+def test_braces_that_multiply_past_reason_are_refused():
+    with pytest.raises(PatternError, match="more than 1000"):
+        parse_pattern("{,a}" * 40)
+
+
+def test_an_empty_range_takes_nothing():
+    assert not matches("a[z-b]", "ac")
+    assert matches("a[!z-b]", "ac")
 
 
 @pytest.mark.parametrize(
