@@ -30,7 +30,9 @@ from clipfreeze.plan.value import Plan, PlannedParameter
 _MARK = "_clipfreeze_policy"
 """Attribute of an applied model: the policy's name. Being no tensor it is in no state_dict."""
 
-_PLAN, _WEIGHTS = "plan.json", "weights.safetensors"
+_PLAN, WEIGHTS = "plan.json", "weights.safetensors"
+_DIGESTS = "sha256 of the base and of these weights"
+"""One entry of metadata, since safetensors writes several in any order."""
 _START = "start of "
 """Prefix in the weights file of l2sp start values that the base does not have."""
 
@@ -57,7 +59,7 @@ def load(folder: str | Path, model: nn.Module) -> Applied:
     """
     plan = _read_plan(Path(folder) / _PLAN)
     _check(plan, model)
-    return _changed(plan, model, _read_weights(Path(folder) / _WEIGHTS, plan, model))
+    return _changed(plan, model, _read_weights(Path(folder) / WEIGHTS, plan, model))
 
 
 class Applied:
@@ -66,7 +68,12 @@ class Applied:
     def __init__(self, plan: Plan, model: nn.Module, start: Mapping[str, Tensor], undo: ExitStack) -> None:
         self.plan, self.model = plan, model
         self._undo = undo
-        self._pulls = _pulls(plan, model, start)
+        self._start = dict(start)
+
+    def __deepcopy__(self, memo: object) -> Applied:
+        raise ApplyError(
+            "what applies a policy to one model cannot be copied", "copy the model: the copy keeps the policy"
+        )
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by name, in the model's order."""
@@ -83,8 +90,8 @@ class Applied:
         parameters = dict(self.model.named_parameters())
         optimizer = build_optimizer(self.plan.optimizer, param_groups(self.plan, parameters))
         prove_groups(optimizer, self.plan, parameters)
-        if self._pulls:
-            self._undo.callback(pull_before_steps(optimizer, self._pulls).remove)
+        if pulls := self._pulls():
+            self._undo.callback(pull_before_steps(optimizer, pulls).remove)
         bounds = [(parameters[planned.name], planned.clamp) for planned in self.plan.trainable if planned.clamp]
         if bounds:
             self._undo.callback(clamp_after_steps(optimizer, bounds).remove)
@@ -103,7 +110,15 @@ class Applied:
     def penalty(self) -> Tensor:
         """The value of all `l2sp` terms, for the log: `optimizer()` adds their gradient, so keep it out of the loss."""
         device = next(self.model.parameters()).device
-        return sum((pull.penalty() for pull in self._pulls), start=torch.zeros((), device=device))
+        return sum((pull.penalty() for pull in self._pulls()), start=torch.zeros((), device=device))
+
+    def _pulls(self) -> tuple[Pull, ...]:
+        parameters = dict(self.model.named_parameters())
+        return tuple(
+            Pull(planned.name, parameters[planned.name], self._start[planned.name], planned.l2sp)
+            for planned in self.plan.trainable
+            if planned.l2sp
+        )
 
     def remove(self) -> None:
         """Take the policy off: flags, modes, hooks and attributes as before it. Weights stay as trained."""
@@ -117,10 +132,11 @@ class Applied:
         folder = Path(folder)
         parameters = dict(self.model.named_parameters())
         tensors = {planned.name: parameters[planned.name].detach() for planned in _changing(self.plan)}
-        tensors |= {_START + pull.name: pull.start for pull in self._pulls if pull.name in _restarted(self.plan)}
+        tensors |= {_START + name: self._start[name] for name in _restarted(self.plan)}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        with _replacing(folder / _WEIGHTS) as unfinished:
-            save_file(tensors, unfinished, {"base": _fingerprint(self.plan, self.model)})
+        with _replacing(folder / WEIGHTS) as unfinished:
+            digests = f"{_fingerprint(self.plan, self.model)} {_digest(tensors)}"
+            save_file(tensors, unfinished, {_DIGESTS: digests})
         with _replacing(folder / _PLAN) as unfinished:
             unfinished.write_text(self.plan.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
@@ -152,15 +168,6 @@ def _copies(plan: Plan, model: nn.Module) -> dict[str, Tensor]:
     """The values that l2sp pulls to."""
     parameters = dict(model.named_parameters())
     return {planned.name: parameters[planned.name].detach().clone() for planned in plan.trainable if planned.l2sp}
-
-
-def _pulls(plan: Plan, model: nn.Module, start: Mapping[str, Tensor]) -> tuple[Pull, ...]:
-    parameters = dict(model.named_parameters())
-    return tuple(
-        Pull(planned.name, parameters[planned.name], start[planned.name], planned.l2sp)
-        for planned in plan.trainable
-        if planned.l2sp
-    )
 
 
 def _changing(plan: Plan) -> list[PlannedParameter]:
@@ -257,7 +264,7 @@ def _read_weights(path: Path, plan: Plan, model: nn.Module) -> dict[str, Tensor]
     """The saved tensors, once they are known to fit the model."""
     try:
         with safe_open(path, "pt") as file:
-            base = (file.metadata() or {}).get("base")
+            base, _, whole = (file.metadata() or {}).get(_DIGESTS, "").partition(" ")
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
     except (OSError, SafetensorError) as error:
         raise ApplyError(f"cannot read {path}: {error}", "give a folder that save() wrote whole") from error
@@ -267,9 +274,12 @@ def _read_weights(path: Path, plan: Plan, model: nn.Module) -> dict[str, Tensor]
     wanted, found = ({name: _kind(t) for name, t in group.items()} for group in (expected, tensors))
     if wanted != found:
         raise ApplyError(f"{path} does not fit its plan: {'; '.join(_differences(wanted, found))}", "save it again")
+    if whole != _digest(tensors):
+        raise ApplyError(f"{path} is damaged: its weights are not those that were saved", "save it again")
     if base != _fingerprint(plan, model):
         what = "the weights that do not train are not those that this policy was trained on"
-        raise ApplyError(f"{path} belongs to another base model: {what}", "load the same pretrained weights first")
+        fix = "load the same pretrained weights first; make random ones after the same torch.manual_seed"
+        raise ApplyError(f"{path} belongs to another base model: {what}", fix)
     return tensors
 
 
@@ -278,14 +288,19 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _fingerprint(plan: Plan, model: nn.Module) -> str:
-    """SHA-256 of all that the plan leaves as it is, buffers too: name, type, shape and bytes."""
+    """Of all that the plan leaves as it is, buffers too."""
     parameters = dict(model.named_parameters())
     changing = {id(parameters[planned.name]) for planned in _changing(plan)}
+    state = model.state_dict(keep_vars=True)
+    return _digest({name: tensor for name, tensor in state.items() if id(tensor) not in changing})
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if id(tensor) not in changing:
-            digest.update(f"{name} {_kind(tensor)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {_kind(tensor)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -61,6 +61,12 @@ class RunError(ClipfreezeError):
     exit_code = 1
 
 
+class InterruptedRunError(RunError):
+    """The user or the system stopped the run."""
+
+    exit_code = 130
+
+
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
     """The `count` choices most like `word`, best first; case is ignored. May be empty."""
     by_lower: dict[str, str] = {}

@@ -107,6 +107,8 @@ def load(text: str, pretrained: str | None = None, *, precision: str = "fp32", d
         notes += load_weights(model, file)
     elif tag is None and schema != "hf-hub":
         notes.append(f"{text} has random weights: no pretrained ones were asked for")
+        if (decoder := getattr(model, "text_decoder", None)) is not None:
+            nn.init.zeros_(decoder.text_projection)  # open_clip leaves it as it found the memory
     tokenizer = _tokenizer(name)
     length = tokenizer.context_length
     return Loaded(model, tokenizer, train_transform, transform, name, pretrained, length, tuple(notes))

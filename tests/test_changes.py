@@ -489,7 +489,7 @@ def test_groups_that_are_not_the_plan_s_are_our_own_fault(tmp_path, monkeypatch)
         return [group | {"params": group["params"][1:]}]
 
     monkeypatch.setattr(changes, "param_groups", lossy)
-    with pytest.raises(AssertionError, match="is in 0 param groups"):
+    with pytest.raises(ApplyError, match="is in 0 param groups"):
         applied.optimizer()
 
 
@@ -628,7 +628,28 @@ def test_weights_that_do_not_fit_their_plan_are_refused(saved):
         save_file(tensors, path, base)
         refused(saved, made(), complaint)
     save_file(whole, path)
-    refused(saved, made(), "belongs to another base model")
+    refused(saved, made(), "is damaged")
+
+
+def test_flipped_bytes_are_found(saved):
+    path = saved / "weights.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-5] ^= 1
+    path.write_bytes(raw)
+    refused(saved, made(), "is damaged")
+
+
+def test_what_applies_a_policy_is_not_copied_but_its_model_is(tmp_path):
+    applied = applied_to(made(), tmp_path)
+    with pytest.raises(ApplyError, match="copy the model"):
+        copy.deepcopy(applied)
+
+
+def test_l2sp_follows_a_parameter_that_was_assigned_anew(tmp_path):
+    model = made()
+    applied = apply(planned(model, tmp_path, RICH), model)
+    model.load_state_dict({name: tensor + 1 for name, tensor in model.state_dict().items()}, assign=True)
+    assert applied.penalty().item() > 0
 
 
 def test_a_failed_save_keeps_the_former_files_and_leaves_no_other(saved, monkeypatch):

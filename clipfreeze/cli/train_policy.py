@@ -9,7 +9,6 @@ import typer
 
 from clipfreeze import demo
 from clipfreeze.cli.common import PolicyArgument, SetOption, anatomy_of, knob_settings, plan_for
-from clipfreeze.policy.loading import load_policy
 
 DEMO_MODEL = "demo"
 
@@ -37,7 +36,9 @@ def run(
     settings: SetOption = [],  # noqa: B006 - typer reads it, nobody writes it
     epochs: Annotated[int | None, typer.Option(min=1, help="passes over the data")] = None,
     batch_size: Annotated[int | None, typer.Option(min=2, help="pairs in a step")] = None,
-    seed: Annotated[int, typer.Option(help="of shuffling, caption choice, augmentation and dropout")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="of shuffling, caption choice, augmentation and dropout")
+    ] = 0,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="the run folder; else runs/POLICY-N")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="processes that decode pictures")] = None,
     image_column: Annotated[str | None, typer.Option(help="the table's column of image paths")] = None,
@@ -50,7 +51,7 @@ def run(
     """Train a policy and measure before and after. Without --data and --model: embedded pictures, embedded model."""
     knobs = knob_settings(settings)
     if model == DEMO_MODEL:  # far smaller than the models that published rates are for
-        knobs = {**demo.KNOBS.get(load_policy(policy).name, {}), **knobs}
+        knobs = {**demo.KNOBS.get(policy, {}), **knobs}
     plan = plan_for(policy, anatomy_of(model), knobs)
     print(plan, flush=True)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_map
 
 from clipfreeze.errors import Problem
 from clipfreeze.plan.value import PlannedParameter
@@ -82,8 +83,9 @@ class _DroppedFactor:
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Any function of torch takes the Parameter in its place; a product drops out of its other factor first."""
-        plain = [value._parameter if isinstance(value, cls) else value for value in args]
-        named = {name: value._parameter if isinstance(value, cls) else value for name, value in (kwargs or {}).items()}
-        if function in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and isinstance(args[-1], cls):
+        plain, named = tree_map(
+            lambda value: value._parameter if isinstance(value, cls) else value, (list(args), dict(kwargs or {}))
+        )
+        if function in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and args and isinstance(args[-1], cls):
             plain[0] = functional.dropout(plain[0], args[-1]._rate, args[-1]._module.training)
         return function(*plain, **named)

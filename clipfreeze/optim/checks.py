@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from clipfreeze.errors import PlanError, Problem
 from clipfreeze.optim.optimizers import build_optimizer
@@ -37,14 +39,31 @@ def training_problems(
     wrong: tuple[Problem, ...] = ()
     try:
         made = build_optimizer(optimizer, groups)
+        _try_step(made, optimizer.name)
     except PlanError as error:
         wrong = error.problems
-        made = torch.optim.AdamW(groups)
+        made = torch.optim.AdamW([group | {"params": [nn.Parameter(torch.zeros(2))]}])
     try:
-        build_scheduler(schedule, made, 1000, 100, {"": "cosine"} if by_group else None)
+        scheduler = build_scheduler(schedule, made, 1000, 100, {"": "cosine"} if by_group else None)
+        _try_step(scheduler, schedule.name)
     except PlanError as error:
         return wrong, error.problems
     return wrong, ()
+
+
+def _try_step(made: torch.optim.Optimizer | LRScheduler, name: str) -> None:
+    """Some options are looked at in the first step only; and each library raises what it likes."""
+    if isinstance(made, torch.optim.Optimizer):
+        for group in made.param_groups:
+            for tensor in group["params"]:
+                tensor.grad = torch.ones_like(tensor)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a scheduler that steps before its optimizer did
+            for _ in range(3):
+                made.step()
+    except Exception as error:
+        raise PlanError(f"{name} does not take these options: {error}", "see its documentation") from error
 
 
 def _at(source: str, problems: tuple[Problem, ...]) -> list[Problem]:

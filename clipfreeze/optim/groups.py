@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from clipfreeze.errors import ApplyError
 from clipfreeze.plan.value import Plan
 
 
@@ -30,16 +31,20 @@ def param_groups(plan: Plan, parameters: Mapping[str, nn.Parameter]) -> list[dic
 
 
 def prove_groups(optimizer: torch.optim.Optimizer, plan: Plan, parameters: Mapping[str, nn.Parameter]) -> None:
-    """AssertionError unless each trainable tensor is in one group, with its own settings, and no other is in any."""
+    """ApplyError unless each trainable tensor is in one group, with its own settings, and no other is in any."""
     held = Counter(id(tensor) for group in optimizer.param_groups for tensor in group["params"])
     group_of = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
     for planned in plan.parameters:
         tensor = parameters[planned.name]
-        count = held.pop(id(tensor), 0)
-        assert count == planned.trainable, f"{planned.name} is in {count} param groups"
-        assert tensor.requires_grad == planned.trainable, f"{planned.name} has requires_grad={tensor.requires_grad}"
+        if (count := held.pop(id(tensor), 0)) != planned.trainable:
+            raise ApplyError(f"{planned.name} is in {count} param groups")
+        if tensor.requires_grad != planned.trainable:
+            what = f"{planned.name} has requires_grad={tensor.requires_grad}, which is not what the plan says"
+            raise ApplyError(what, "leave requires_grad to the policy, or remove() it and apply another")
         if planned.trainable:
             group = group_of[id(tensor)]
             made = (group["name"], group["lr"], group["weight_decay"])
-            assert made == (planned.group, planned.lr, planned.weight_decay), f"{planned.name} is in group {made}"
-    assert not held, f"{len(held)} tensors in param groups are not of the model"
+            if made != (planned.group, planned.lr, planned.weight_decay):
+                raise ApplyError(f"{planned.name} is in group {made}, which is not what the plan says")
+    if held:
+        raise ApplyError(f"{len(held)} tensors in param groups are not of the model")

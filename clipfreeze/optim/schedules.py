@@ -24,6 +24,15 @@ _REFUSED = {
 }
 
 
+_THE_RUNS = {
+    "max_lr": "the lr of each rule",
+    "total_steps": "the run's length",
+    "epochs": "the run's",
+    "steps_per_epoch": "the run's",
+}
+"""Options that a policy leaves to the run."""
+
+
 def warmup_steps(schedule: Schedule, total_steps: int, steps_per_epoch: int | None = None) -> int:
     """The steps of warmup in a run; PlanError when it is said in epochs and their length is not given."""
     try:
@@ -76,10 +85,10 @@ def _problems(schedule: Schedule, by_group: bool) -> Iterator[Problem]:
         what = f"some rules have a schedule of their own, which does not go with {found.__name__}"
         yield Problem(what, f"with them, [schedule] is one of: {', '.join(SCHEDULES)}")
     takes = _parameters(found)
-    options = [name for name in takes if name != "max_lr"]
+    options = [name for name in takes if name not in _THE_RUNS]
     for option in schedule.options:
-        if option == "max_lr" and option in takes:
-            yield Problem(f"max_lr of {found.__name__} is the lr of each rule", "take it out")
+        if option in _THE_RUNS and option in takes:
+            yield Problem(f"{option} of {found.__name__} is {_THE_RUNS[option]}", "take it out")
         elif option not in options:
             yield Problem(f"{found.__name__} has no option {option!r}", did_you_mean(option, options))
     for name, parameter in takes.items():
@@ -112,8 +121,6 @@ def _torch_scheduler(
     }
     if found is PolynomialLR:  # it ends at 0, after 5 steps unless told; others with total_iters only begin with them
         filled["total_iters"] = after
-    if "epochs" in schedule.options:  # OneCycleLR takes them, with steps_per_epoch, in place of total_steps
-        del filled["total_steps"]
     options = {name: value for name, value in filled.items() if name in _parameters(found)} | schedule.options
     if not warmup:
         return found(optimizer, **options)

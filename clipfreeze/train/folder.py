@@ -14,6 +14,7 @@ from typing import Any
 from clipfreeze.errors import DataError, RunError
 
 METRICS = "metrics.jsonl"
+LEFT_BY_RUNS = (METRICS, "plan.json", "results.json", "run.toml", "weights.safetensors")
 
 
 @contextmanager
@@ -80,8 +81,8 @@ def _cleared_on_failure(folder: Path, made: list[Path]) -> Iterator[None]:
         finished = True
     finally:
         if not finished and not (folder / METRICS).exists():
-            for file in folder.iterdir():
-                file.unlink()
+            for name in LEFT_BY_RUNS:
+                (folder / name).unlink(missing_ok=True)
             for path in made:
                 if not any(path.iterdir()):
                     path.rmdir()

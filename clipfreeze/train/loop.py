@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clipfreeze.errors import DataError, RunError
+from clipfreeze.errors import DataError, InterruptedRunError, RunError
 from clipfreeze.train.batches import Batch, Tokenizer, Transform, training_loader, unbroken
 from clipfreeze.train.evaluate import Encoder, Metrics, measure
 from clipfreeze.train.folder import METRICS, append_json, check_room, write_text
 from clipfreeze.train.objective import Contrastive, clip_loss
 from clipfreeze.train.pairs import PairSet
+from clipfreeze.train.sources import read_data
 
 if TYPE_CHECKING:
     from clipfreeze.changes import Applied
@@ -47,7 +49,10 @@ class Result:
 def make_accelerator() -> Accelerator:
     """The device there is, bf16 autocast where CUDA has it; trained weights stay fp32."""
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
+    if AcceleratorState._shared_state:  # a script has made one, with a precision of its own
+        accelerator = Accelerator()
+    else:
+        accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
     if accelerator.num_processes > 1:
         raise RunError("this version trains in one process", "start it without torchrun or accelerate launch")
     return accelerator
@@ -55,8 +60,8 @@ def make_accelerator() -> Accelerator:
 
 def fit(
     applied: Applied,
-    train: PairSet,
-    tests: Mapping[str, PairSet] | None = None,
+    train: PairSet | str | Path,
+    tests: Mapping[str, PairSet | str | Path] | None = None,
     *,
     tokenizer: Callable[..., Tensor],
     transform: Transform,
@@ -75,6 +80,12 @@ def fit(
     """
     if epochs < 1:
         raise DataError(f"{epochs} epochs train nothing", "--epochs 1 or more")
+    train = train if isinstance(train, PairSet) else read_data(train)
+    sets = {name: pairs if isinstance(pairs, PairSet) else read_data(pairs) for name, pairs in (tests or {}).items()}
+    if len({pair.label if pair.label is not None else pair.captions for pair in train}) < 2:
+        raise DataError(
+            f"all pairs of {train.name} say the same: there is nothing to tell apart", "give two captions or classes"
+        )
     model: Any = applied.model
     tokens = Tokenizer(tokenizer, model)
     loader: Any = training_loader(
@@ -89,22 +100,27 @@ def fit(
     module, prepared, loader = accelerator.prepare(Contrastive(model), optimizer, loader)
     scheduler = applied.scheduler(optimizer, epochs * len(loader), len(loader))  # last: prepare makes new group dicts
     encoder = Encoder(model, tokens, transform, num_workers=num_workers)
-    before = {name: measure(encoder, pairs) for name, pairs in (tests or {}).items()}
+    before = {name: measure(encoder, pairs) for name, pairs in sets.items()}
 
     set_seed(seed)
     module.train()
     training = _Training(applied, accelerator, module, prepared, scheduler, loader, folder)
     training.tell(_warmup_notes(applied, epochs, len(loader)))
     started = time.monotonic()
-    with _progress(epochs * len(loader)) as bar:
-        for epoch in range(1, epochs + 1):
-            loss = training.run_epoch(epoch, bar)
-            if folder is not None:
-                applied.save(folder)
+    epoch = 0
+    try:
+        with _progress(epochs * len(loader)) as bar:
+            for epoch in range(1, epochs + 1):
+                loss = training.run_epoch(epoch, bar)
+                if folder is not None:
+                    applied.save(folder)
+    except KeyboardInterrupt:
+        kept = f"{folder} holds the weights of epoch {epoch - 1}" if folder and epoch > 1 else "no weights were saved"
+        raise InterruptedRunError(f"stopped after step {training.step} of {epochs * len(loader)}: {kept}") from None
     seconds = time.monotonic() - started
     module.eval()
 
-    after = {name: measure(encoder, pairs) for name, pairs in (tests or {}).items()}
+    after = {name: measure(encoder, pairs) for name, pairs in sets.items()}
     training.tell(_collapse_notes(module, loss, batch_size) + _decline_notes(before, after))
     result = Result(before, after, training.step, seconds, loss, tuple(training.notes), folder)
     if folder is not None:

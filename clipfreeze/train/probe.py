@@ -24,6 +24,7 @@ def build_and_prove(plan: Plan, model: str, pretrained: str | None, out: Path) -
     Yields a line for each thing proved. No weight changes: the step is not taken.
     """
     with empty_folder(out) as folder:
+        torch.manual_seed(0)
         loaded = models.load(model, pretrained)
         yield from loaded.notes
         applied = changes.apply(plan, loaded.model)
@@ -37,6 +38,8 @@ def build_and_prove(plan: Plan, model: str, pretrained: str | None, out: Path) -
         optimizer.zero_grad()
         applied.save(folder)
         yield f"wrote {folder}: clipfreeze.load({str(folder)!r}, model) applies it to the same model"
+        if any("random weights" in note for note in loaded.notes):
+            yield "which has the same random weights if it is made right after torch.manual_seed(0)"
 
 
 def _batch(loaded: models.Loaded) -> tuple[Any, torch.Tensor, torch.Tensor]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import set_seed
 
 from clipfreeze import changes, demo, models
+from clipfreeze.changes import WEIGHTS
 from clipfreeze.errors import DataError
 from clipfreeze.plan.value import Plan
 from clipfreeze.train.batches import Tokenizer
@@ -55,6 +57,7 @@ def train_run(spec: RunSpec, plan: Plan, out: Path | None = None) -> Result:
     with run_folder(out, plan.policy.name) as folder:
         write_spec(repeatable(spec), folder)
         device = make_accelerator().device
+        set_seed(spec.seed)  # of random weights, and of what the policy starts anew
         loaded = models.load(spec.model, spec.pretrained, device=str(device))
         for note in loaded.notes:
             log.warning(note)
@@ -77,7 +80,10 @@ def eval_run(folder: Path, data: str | None = None) -> dict[str, Metrics]:
     """Measure a trained run again on its own sets, or on `data`, read as the run read its own."""
     spec = read_spec(folder)
     tests = run_data(spec).tests if data is None else {Path(data).name: read_data(data, spec.table)}
+    if not (folder / WEIGHTS).is_file():
+        raise DataError(f"the run in {folder} ended before its first epoch was saved", "train again")
     device = make_accelerator().device
+    set_seed(spec.seed)
     loaded = models.load(spec.model, spec.pretrained, device=str(device))
     changes.load(folder, loaded.model)
     tokenizer = Tokenizer(loaded.tokenizer, loaded.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from clipfreeze import demo
@@ -19,6 +20,8 @@ FOLDER_TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}
 def read_data(source: str | Path, layout: TableFormat | None = None) -> PairSet:
     """A table of images and captions, or a folder with one subfolder of pictures a class."""
     path = Path(source)
+    if not str(source).strip():
+        raise DataError("the data has an empty path", "a CSV file, or a folder with class folders")
     if path.is_dir():
         return read_folder(path)
     if path.is_file():
@@ -33,7 +36,7 @@ def read_folder(path: Path) -> PairSet:
     """Subfolders are the classes, their names with spaces for underscores the class names, pictures at any depth."""
     pairs: list[Pair] = []
     class_names: list[str] = []
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    files = sorted(Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
     for file in files:
         parts = file.relative_to(path).parts
         if len(parts) < 2 or any(part.startswith(".") for part in parts) or file.suffix.lower() not in PICTURE_SUFFIXES:

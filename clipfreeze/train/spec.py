@@ -41,7 +41,7 @@ class RunSpec(Spec):
     table: TableFormat = TableFormat()
     epochs: Annotated[int, Field(gt=0)] = 5
     batch_size: Annotated[int, Field(gt=1)] = 64
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     num_workers: Annotated[int, Field(ge=0)] | None = Field(
         None, description="processes that decode pictures; 0: the trainer's own; null: some where a GPU waits for them"
     )

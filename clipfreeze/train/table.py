@@ -81,6 +81,8 @@ def _decoded(path: Path, encoding: str) -> str:
         raise DataError(Problem("the file is UTF-16, not UTF-8", "--encoding utf-16", str(path), 1))
     try:
         text = raw.decode("utf-8-sig" if name == "utf-8" else encoding)
+    except LookupError as error:  # rot13 and the like
+        raise DataError(f"{encoding!r} is no encoding of text", setting) from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         what = f"byte 0x{error.object[error.start]:02x} is not {encoding}"

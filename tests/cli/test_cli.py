@@ -130,6 +130,13 @@ WRONG = [  # arguments, text of mine.toml, words of the message
     (["train", "last_n", "--model", "demo", "--val", "mine.toml"], "", ["--data"]),
     (["train", "last_n", "--out", "mine.toml"], RULE, ["mine.toml"]),
     (["eval", "nowhere"], "", ["nowhere"]),
+    (["train", "last_n", "--data", ""], "", ["empty path"]),
+    (["train", "last_n", "--seed", "-1"], "", ["--seed"]),
+    (["apply", "mine.toml", "--dry-run"], RULE + "[optimizer]\nbetas = [0.9]\n", ["mine.toml:5", "adamw"]),
+    (["apply", "mine.toml", "--dry-run"], RULE + "[optimizer]\ncapturable = true\n", ["mine.toml:5", "adamw"]),
+    (["apply", "mine.toml", "--dry-run"], RULE + "[schedule]\nname = 'StepLR'\nstep_size = 'a'\n", ["mine.toml:5"]),
+    (["apply", "mine.toml", "--dry-run"], RULE + "[schedule]\nname = 'OneCycleLR'\ntotal_steps = 2\n",
+     ["mine.toml:5", "the run's length"]),
     (["frobnicate"], "", ["frobnicate"]),
     (["apply"], "", ["POLICY"]),
 ]  # fmt: skip

@@ -126,3 +126,45 @@ def test_apply_out_says_what_was_proved(monkeypatch, capsys, tmp_path):
     trained = sum(parameter["trainable"] for parameter in plan["parameters"])
     assert f"hold each of {trained} tensors once" in err
     assert "one forward and backward" in err
+
+
+def test_what_starts_anew_starts_from_the_seed(cli, tmp_path):
+    for name in ("one", "two"):
+        cli("train", "projections", "--set", "reinit=xavier", "--epochs", "1", "--batch-size", "504", "--out", name)
+    one, two = ((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0] for name in ("one", "two"))
+    assert json.loads(one)["loss"] == json.loads(two)["loss"]
+
+
+def test_a_run_on_random_weights_can_be_evaluated(cli, tmp_path):
+    rows = [f"{path.name},{name}" for path, name in pictures(tmp_path)]
+    (tmp_path / "data.csv").write_text("\n".join(["image,caption", *rows]) + "\n")
+    config = json.loads((demo.model_dir() / "open_clip_config.json").read_text())
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "open_clip_config.json").write_text(json.dumps(config))
+    common = ("--model", "local-dir:model", "--data", "data.csv", "--val", "data.csv")
+    out = cli("train", "logit_scale", *common, "--epochs", "1", "--batch-size", "6")
+    assert scores(cli("eval", "runs/logit_scale-1")) == scores(out)
+
+
+def test_a_policy_of_one_s_own_keeps_its_rates_on_the_embedded_model(cli, tmp_path):
+    (tmp_path / "full.toml").write_text('name = "full"\n[[rule]]\nmatch = "@logit_scale"\ntrain = true\nlr = 1e-2\n')
+    assert "lr=0.01" in cli("train", "full.toml", "--epochs", "1", "--batch-size", "504")
+
+
+def test_an_interrupted_run_says_what_is_left(monkeypatch, tmp_path, capsys):
+    from clipfreeze.train import loop
+
+    monkeypatch.chdir(tmp_path)
+    real, steps = loop._Training._update, iter(range(3))
+
+    def interrupted(*arguments):
+        if next(steps) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(loop._Training, "_update", interrupted)
+    monkeypatch.setattr(sys, "argv", ["clipfreeze", "train", "logit_scale", "--batch-size", "504"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 130
+    assert "stopped after step 2 of 20: runs/logit_scale-1 holds the weights of epoch 1" in capsys.readouterr().err
