@@ -160,6 +160,7 @@ def coca() -> nn.Module:
         vision_cfg={**vision, "output_tokens": True},
         text_cfg={**TEXT, "width": EMBED_DIM, "embed_cls": True, "output_tokens": True},
     )
+    nn.init.normal_(model.text_decoder.text_projection)  # open_clip leaves it as it found the memory
     return model
 
 

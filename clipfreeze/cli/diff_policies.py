@@ -11,18 +11,17 @@ from clipfreeze.cli.common import (
     Format,
     FormatOption,
     ModelOption,
+    PolicyArgument,
     anatomy_of,
     knob_settings,
     plan_for,
     print_json,
 )
 
-PolicyOrKnobs = Annotated[str, typer.Argument(metavar="POLICY", help="a built-in policy's name, or a policy file")]
-
 
 def run(
-    one: PolicyOrKnobs,
-    other: PolicyOrKnobs,
+    one: PolicyArgument,
+    other: PolicyArgument,
     model: ModelOption = PREVIEW_MODEL,
     settings: Annotated[
         list[str], typer.Option("--set", metavar="KNOB=VALUE", help="set a knob of the second policy; may be repeated")
