@@ -8,7 +8,6 @@ import typer
 
 from clipfreeze.cli.common import Format, FormatOption, SetOption, anatomy_of, knob_settings, plan_for, print_json
 from clipfreeze.errors import ClipfreezeError, PolicyError, Problem
-from clipfreeze.plan.match import read_pattern
 from clipfreeze.policy.loading import Policy, builtin_policies, load_policy
 from clipfreeze.policy.patterns import PatternError
 
@@ -53,6 +52,8 @@ def _check_without_model(policy: Policy) -> None:
     """What is wrong on any model. Optimizer and schedule are checked by building them, which takes torch: not where a
     built-in policy has the same.
     """
+
+    from clipfreeze.plan.match import read_pattern
 
     def sections(of: Policy) -> tuple[object, ...]:
         return of.optimizer.name, of.optimizer.options, of.schedule
