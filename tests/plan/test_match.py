@@ -1,5 +1,7 @@
 """Which parameters a pattern takes, and what is said when it takes none."""
 
+import os.path
+
 import pytest
 from made import anatomy
 
@@ -41,6 +43,11 @@ def blocks(pattern: str, tower: str = "vision") -> list[int]:
 )
 def test_blocks_are_taken_by_index_and_share(pattern, expected):
     assert blocks(pattern) == expected
+
+
+def test_case_counts_on_every_system(monkeypatch):
+    monkeypatch.setattr(os.path, "normcase", str.lower)
+    assert names("Visual.*") == names("LOGIT_SCALE") == []
 
 
 def test_a_union_counts_each_tower_by_itself():
