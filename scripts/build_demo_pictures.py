@@ -295,7 +295,7 @@ def families(named: list[Concept], drawings: list[dict[str, np.ndarray]]) -> dic
 def near_duplicates(pixels: dict[str, np.ndarray]) -> list[tuple[str, str, float]]:
     """Pairs of codes, with their distance, whose pictures of one style are all but equal."""
     codes = list(pixels)
-    small = [np.asarray(Image.fromarray(pixels[c]).resize((16, 16), Image.Resampling.BOX), np.float32) for c in codes]
+    small = [np.asarray(Image.fromarray(pixels[c]).resize((16, 16), Image.Resampling.BOX), np.float64) for c in codes]
     flat = np.stack(small).reshape(len(codes), -1) / 255
     square = (flat**2).sum(1)
     distance = np.sqrt(np.maximum(square[:, None] + square[None] - 2 * flat @ flat.T, 0) / flat.shape[1])

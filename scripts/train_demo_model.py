@@ -3,7 +3,7 @@
     OMP_WAIT_POLICY=PASSIVE python scripts/train_demo_model.py
 
 Measured with the defaults: 22 minutes on two CPU cores shared with other work. Zero-shot top-1 of the packaged model on
-the test splits: noto 61.9 % of 168 classes, twemoji 61.8 % of 157, fluent 58.3 % of 156; of the styles it never saw,
+the test splits: noto 61.9 % of 168 classes, twemoji 61.5 % of 156, fluent 58.3 % of 156; of the styles it never saw,
 openmoji 16.6 % and openmoji_black 3.3 %, each of 307.
 """
 
