@@ -30,7 +30,7 @@ from clipfreeze.plan.value import Plan, PlannedParameter
 _MARK = "_clipfreeze_policy"
 """Attribute of an applied model: the policy's name. Being no tensor it is in no state_dict."""
 
-_PLAN, WEIGHTS = "plan.json", "weights.safetensors"
+PLAN, WEIGHTS = "plan.json", "weights.safetensors"
 _DIGESTS = "sha256 of the base and of these weights"
 """One entry of metadata, since safetensors writes several in any order."""
 _START = "start of "
@@ -57,7 +57,7 @@ def load(folder: str | Path, model: nn.Module) -> Applied:
 
     Raises ApplyError, the model being as it was, when a file is missing or broken, or the model is another one.
     """
-    plan = _read_plan(Path(folder) / _PLAN)
+    plan = _read_plan(Path(folder) / PLAN)
     _check(plan, model)
     return _changed(plan, model, _read_weights(Path(folder) / WEIGHTS, plan, model))
 
@@ -134,10 +134,10 @@ class Applied:
         tensors = {planned.name: parameters[planned.name].detach() for planned in _changing(self.plan)}
         tensors |= {_START + name: self._start[name] for name in _restarted(self.plan)}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        with _replacing(folder / WEIGHTS) as unfinished:
+        with _saving(folder / WEIGHTS) as unfinished:
             digests = f"{_fingerprint(self.plan, self.model)} {_digest(tensors)}"
             save_file(tensors, unfinished, {_DIGESTS: digests})
-        with _replacing(folder / _PLAN) as unfinished:
+        with _saving(folder / PLAN) as unfinished:
             unfinished.write_text(self.plan.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
@@ -305,19 +305,27 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
     """A file to write beside `path`, which takes its place once it is whole."""
     unfinished = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.touch()
         mode = unfinished.stat().st_mode
         yield unfinished
         unfinished.chmod(mode)  # safetensors lets only the owner read
         unfinished.replace(path)
-    except (OSError, SafetensorError) as error:
-        what = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise RunError(f"cannot write {path}: {what}", "make room, or give another folder") from error
     finally:
         with suppress(OSError):
             unfinished.unlink()
+
+
+@contextmanager
+def _saving(path: Path) -> Iterator[Path]:
+    """A whole file in a folder that may have to be made; a failure is a RunError in the system's words."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as unfinished:
+            yield unfinished
+    except (OSError, SafetensorError) as error:
+        what = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise RunError(f"cannot write {path}: {what}", "make room, or give another folder") from error

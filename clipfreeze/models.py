@@ -35,7 +35,8 @@ class Loaded:
     """A model ready to use, with what belongs to it.
 
     `tokenizer` turns captions into ids of shape (B, context_length); `train_transform` augments, `transform` does not.
-    `name` and `pretrained` build the same model again; `notes` are for the user to read, such as random weights.
+    `name` and `pretrained` build the same model again; `notes` are for the user to read; `random` says that no weights
+    were loaded.
     """
 
     model: nn.Module
@@ -46,6 +47,7 @@ class Loaded:
     pretrained: str | None
     context_length: int
     notes: tuple[str, ...] = ()
+    random: bool = False
 
 
 def model_names() -> list[str]:
@@ -103,15 +105,16 @@ def load(text: str, pretrained: str | None = None, *, precision: str = "fp32", d
         warnings.simplefilter("always")
         model, train_transform, transform = _create(name, name, tag, precision, device, load_weights=by_open_clip)
     notes = list(_activation_notes(name, caught))
+    random = file is None and tag is None and schema != "hf-hub"
     if file is not None:
         notes += load_weights(model, file)
-    elif tag is None and schema != "hf-hub":
+    elif random:
         notes.append(f"{text} has random weights: no pretrained ones were asked for")
         if (decoder := getattr(model, "text_decoder", None)) is not None:
             nn.init.zeros_(decoder.text_projection)  # open_clip leaves it as it found the memory
     tokenizer = _tokenizer(name)
     length = tokenizer.context_length
-    return Loaded(model, tokenizer, train_transform, transform, name, pretrained, length, tuple(notes))
+    return Loaded(model, tokenizer, train_transform, transform, name, pretrained, length, tuple(notes), random)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> list[str]:

@@ -9,7 +9,6 @@ import typer
 from clipfreeze.cli.common import Format, FormatOption, SetOption, anatomy_of, knob_settings, plan_for, print_json
 from clipfreeze.errors import ClipfreezeError, PolicyError, Problem
 from clipfreeze.policy.loading import Policy, builtin_policies, load_policy
-from clipfreeze.policy.patterns import PatternError
 
 
 def run(
@@ -52,19 +51,12 @@ def _check_without_model(policy: Policy) -> None:
     """What is wrong on any model. Optimizer and schedule are checked by building them, which takes torch: not where a
     built-in policy has the same.
     """
-
-    from clipfreeze.plan.match import read_pattern
+    from clipfreeze.plan.match import pattern_problems
 
     def sections(of: Policy) -> tuple[object, ...]:
         return of.optimizer.name, of.optimizer.options, of.schedule
 
-    problems = []
-    for rule in policy.rules:
-        for pattern in (*rule.rule.match, *rule.rule.exclude) if rule.active else ():
-            try:
-                read_pattern(pattern)
-            except PatternError as error:
-                problems.append(Problem(str(error), error.fix, rule.path, rule.line))
+    problems = list(pattern_problems(policy))
     if sections(policy) not in map(sections, map(load_policy, builtin_policies())):
         from clipfreeze.optim.checks import check_optimizer
 

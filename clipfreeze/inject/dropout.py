@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
+from clipfreeze.anatomy.partition import UNCALLED
 from clipfreeze.errors import Problem
 from clipfreeze.plan.value import PlannedParameter
 
@@ -24,8 +25,8 @@ def dropout_problems(planned: Iterable[PlannedParameter], model: nn.Module) -> I
             continue
         path, _, leaf = parameter.name.rpartition(".")
         owner, what = model.get_submodule(path), f"dropout on {parameter.name}"
-        if path.endswith("attnpool.c_proj"):
-            pool = path.removesuffix(".c_proj")
+        if UNCALLED in parameter.name:
+            pool = path.rpartition(".")[0]
             yield Problem(f"{what}: {pool} multiplies by it without calling it", "leave out the dropout here")
         elif isinstance(owner, nn.Linear):
             if rates.setdefault(path, parameter.dropout) != parameter.dropout:

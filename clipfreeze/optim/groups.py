@@ -15,13 +15,12 @@ from clipfreeze.plan.value import Plan
 
 def param_groups(plan: Plan, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
     """A group for each of the plan's, in its order; `parameters` are the model's by name."""
-    members: dict[tuple[float | None, float | None, str | None], list[nn.Parameter]] = {}
+    members: dict[str | None, list[nn.Parameter]] = {}
     for planned in plan.trainable:
-        settings = (planned.lr, planned.weight_decay, planned.schedule)
-        members.setdefault(settings, []).append(parameters[planned.name])
+        members.setdefault(planned.group, []).append(parameters[planned.name])
     return [
         {
-            "params": members[group.lr, group.weight_decay, group.schedule],
+            "params": members[group.name],
             "name": group.name,
             "lr": group.lr,
             "weight_decay": group.weight_decay,

@@ -150,6 +150,7 @@ class _Resolution:
 
         A later *file* that outvotes an earlier one is what `extends` is for, so only rules of one file are compared.
         """
+        anything_trains = any(self.trains)
         for number, (rule, matched) in enumerate(zip(self.rules, self.matched, strict=True), start=1):
             if not matched or rule.rule.optional:
                 continue
@@ -162,27 +163,22 @@ class _Resolution:
                 continue
             for setting in rule.rule.said():
                 of = [index for index, settings in decided[number - 1].items() if setting in settings]
-                if (
-                    setting in TRAINING_SETTINGS
-                    and of
-                    and any(self.trains)
-                    and not any(self.trains[index] for index in of)
-                ):
+                idle = setting in TRAINING_SETTINGS and not any(self.trains[index] for index in of)
+                if of and idle and anything_trains:
                     self._check_idle(number, setting, of)
-                if (
-                    rule.rule.dropout
-                    and setting == "dropout"
-                    and (other := [i for i in of if not self._takes_dropout(i)])
-                ):
-                    parameter = self.anatomy.parameters[other[0]]
-                    what, fix = "is no projection", 'write match = "@proj"'
-                    if parameter.role.endswith(".proj"):
-                        what, fix = "the model multiplies by without calling it", f"exclude = {parameter.name!r}"
-                    self._problem(rule, f"dropout on {parameter.name}, which {what}", fix)
+                if setting == "dropout" and rule.rule.dropout:
+                    self._check_dropout(rule, of)
 
-    def _takes_dropout(self, index: int) -> bool:
-        parameter = self.anatomy.parameters[index]
-        return parameter.role.endswith(".proj") and parameter.called
+    def _check_dropout(self, rule: PlacedRule, of: list[int]) -> None:
+        for parameter in (self.anatomy.parameters[index] for index in of):
+            if not parameter.role.endswith(".proj"):
+                what, fix = "is no projection", 'write match = "@proj"'
+            elif not parameter.called:
+                what, fix = "the model multiplies by without calling it", f"exclude = {parameter.name!r}"
+            else:
+                continue
+            self._problem(rule, f"dropout on {parameter.name}, which {what}", fix)
+            return
 
     def _last_word(self, index: int, rule: PlacedRule) -> int:
         """The last rule to outvote `rule` on some setting of a parameter."""

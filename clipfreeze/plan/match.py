@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 
 from clipfreeze.anatomy.parts import ROLES, SLOTS, TAGS, TOWER_PARTS, TOWERS, Anatomy
-from clipfreeze.errors import did_you_mean, nearest
+from clipfreeze.errors import Problem, did_you_mean, nearest
+from clipfreeze.policy.loading import Policy
 from clipfreeze.policy.patterns import NamePattern, PatternError, RolePattern, Slice, parse_pattern
 
 ROLE_WORDS = (*TOWERS, *TOWER_PARTS, *(role for role in ROLES if "." not in role), "stages", *TAGS, *SLOTS, "qkv")
@@ -147,16 +148,7 @@ class Matcher:
             count = len(tower.blocks) if word == "blocks" else len(set(tower.stages))
             if not here:
                 continue
-            try:
-                positions = cut.indices(count)
-            except PatternError as error:
-                if lenient and error.out_of_range:
-                    continue
-                raise PatternError(
-                    f"@{_shown(pattern)}: in the {tower.name} tower, {error}",
-                    error.fix,
-                    out_of_range=error.out_of_range,
-                ) from None
+            positions = _positions(cut, count, f"@{_shown(pattern)}: in the {tower.name} tower", lenient)
             kept.update(
                 index
                 for index in here
@@ -183,14 +175,29 @@ class Matcher:
         for path, numbers in self._numbered.items():
             if not path.startswith(stem) or not glob.fullmatch(path, len(stem)):
                 continue
-            try:
-                positions = pattern.slices[piece].indices(len(numbers))
-            except PatternError as error:
-                if lenient and error.out_of_range:
-                    continue
-                raise PatternError(f"under {path}, {error}", error.fix, out_of_range=error.out_of_range) from None
+            positions = _positions(pattern.slices[piece], len(numbers), f"under {path}", lenient)
             for position in positions:
                 yield from self._sliced(pattern, piece + 1, f"{path}.{numbers[position]}.", lenient)
+
+
+def _positions(cut: Slice, count: int, where: str, lenient: bool) -> range:
+    """What the slice takes of `count`; past the end it is an error that begins with `where`, or nothing if lenient."""
+    try:
+        return cut.indices(count)
+    except PatternError as error:
+        if lenient and error.out_of_range:
+            return range(0)
+        raise PatternError(f"{where}, {error}", error.fix) from None
+
+
+def pattern_problems(policy: Policy) -> Iterator[Problem]:
+    """Patterns of the rules that are on that no model can have, with their places."""
+    for rule in policy.rules:
+        for pattern in (*rule.rule.match, *rule.rule.exclude) if rule.active else ():
+            try:
+                read_pattern(pattern)
+            except PatternError as error:
+                yield Problem(str(error), error.fix, rule.path, rule.line)
 
 
 def _slices(pattern: RolePattern | NamePattern) -> tuple[Slice, ...]:

@@ -10,6 +10,7 @@ from tabulate import tabulate
 from clipfreeze.anatomy.parts import SLOTS, TAGS, TOWER_PARTS, TOWERS, Anatomy, Parameter
 from clipfreeze.plan.diff import ParameterDifference, PlanDifference, Settings
 from clipfreeze.plan.value import Plan, PlannedParameter, RuleReport
+from clipfreeze.policy.knobs import as_text
 
 Placed = TypeVar("Placed", PlannedParameter, ParameterDifference, Parameter)
 
@@ -52,15 +53,12 @@ def explanation_table(parameters: Sequence[PlannedParameter]) -> str:
 
 def difference_table(found: PlanDifference, names: tuple[str, str]) -> str:
     """Where two plans differ, part by part."""
-    rows = [(part, len(members), _changes(members)) for part, members in _folded(found.parameters, _changes)]
+    rows: list[tuple[str, int | str, str]] = [
+        (part, len(members), _changes_of(members)) for part, members in _folded(found.parameters, _changes_of)
+    ]
     sections = (("optimizer", found.optimizer), ("schedule", found.schedule))
-    rows += [(section, 0, _told(settings)) for section, settings in sections if settings]
-    shown = [(part, tensors or "", changes) for part, tensors, changes in rows]
-    return grid(shown, ("part", "tensors", f"{names[0]} -> {names[1]}")) if shown else "no difference"
-
-
-def _told(settings: Settings) -> str:
-    return "; ".join(f"{setting} {_word(one)} -> {_word(other)}" for setting, (one, other) in settings.items())
+    rows += [(section, "", _changes([settings])) for section, settings in sections if settings]
+    return grid(rows, ("part", "tensors", f"{names[0]} -> {names[1]}")) if rows else "no difference"
 
 
 def anatomy_table(anatomy: Anatomy) -> str:
@@ -89,12 +87,16 @@ def anatomy_table(anatomy: Anatomy) -> str:
     )
 
 
-def _changes(part: Sequence[ParameterDifference]) -> str:
-    settings = dict.fromkeys(setting for difference in part for setting in difference.settings)
+def _changes_of(part: Sequence[ParameterDifference]) -> str:
+    return _changes([difference.settings for difference in part])
+
+
+def _changes(several: Sequence[Settings]) -> str:
+    """Each setting that differs somewhere, with the ways it does."""
     told = []
-    for setting in settings:
-        pairs = dict.fromkeys(d.settings[setting] for d in part if setting in d.settings)
-        told.append(f"{setting} " + ", ".join(f"{_word(one)} -> {_word(other)}" for one, other in pairs))
+    for setting in dict.fromkeys(setting for settings in several for setting in settings):
+        pairs = (settings[setting] for settings in several if setting in settings)
+        told.append(f"{setting} " + _join(f"{_word(one)} -> {_word(other)}" for one, other in pairs))
     return "; ".join(told)
 
 
@@ -200,7 +202,7 @@ def _word(value: Any) -> str:
         return "none"
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(map(_word, value)) + "]"
-    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+    return f"{value:g}" if isinstance(value, float) else as_text(value)
 
 
 def _knobs(params: dict[str, Any]) -> str:

@@ -54,16 +54,13 @@ def knob_values(knobs: Mapping[str, Knob], given: Mapping[str, Any]) -> tuple[di
         if name not in knobs:
             raise KnobError(f"the default of knob {asked_by[-1]!r} names {name!r}, which is no knob")
         if name not in values:
-            values[name] = None
             knob = knobs[name]
             kind: KnobValue | None = knob.default
             if isinstance(kind, str) and (other := _REFERENCE.fullmatch(kind)):
-                del values[name]
                 kind = value_of(other[1], (*asked_by, name))
-                values[name] = None
+            values[name] = None  # for good, where the value is wrong
             if kind is not None:
-                value = given.get(name, kind)
-                values[name] = checked(name, knob, kind, value)
+                values[name] = checked(name, knob, kind, given.get(name, kind))
         return values[name]
 
     for name in knobs:

@@ -12,7 +12,7 @@ import tomli
 from pydantic import BaseModel, ValidationError
 
 from clipfreeze.errors import PolicyError, Problem, did_you_mean
-from clipfreeze.policy.knobs import KnobError, KnobValue, is_on, knob_values, references, substitute
+from clipfreeze.policy.knobs import KnobError, KnobValue, as_text, is_on, knob_values, references, substitute
 from clipfreeze.policy.lines import Where, key_lines, line_of
 from clipfreeze.policy.schema import SETTINGS, Knob, Optimizer, PolicyFile, Rule, Schedule
 
@@ -462,7 +462,7 @@ def _unknown_key(document: _Document, where: Where, known: list[str]) -> Problem
 
 
 def _toml(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
+    return f'"{value}"' if isinstance(value, str) else as_text(value)
 
 
 def _is_number(text: str) -> bool:

@@ -11,10 +11,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from clipfreeze.changes import PLAN, WEIGHTS, whole_file
 from clipfreeze.errors import DataError, RunError
 
 METRICS = "metrics.jsonl"
-LEFT_BY_RUNS = (METRICS, "plan.json", "results.json", "run.toml", "weights.safetensors")
+RESULTS = "results.json"
+SPEC = "run.toml"
+LEFT_BY_RUNS = (METRICS, RESULTS, SPEC, PLAN, WEIGHTS)
 
 
 @contextmanager
@@ -98,13 +101,8 @@ def check_room(folder: Path, needed: int) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace the file at once or not at all."""
-    unfinished = path.with_name(path.name + ".part")
-    with _writing(path):
-        try:
-            unfinished.write_text(text, encoding="utf-8")
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    with _writing(path), whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def append_json(path: Path, record: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from clipfreeze.errors import DataError, InterruptedRunError, RunError
 from clipfreeze.train.batches import Batch, Tokenizer, Transform, training_loader, unbroken
 from clipfreeze.train.evaluate import Encoder, Metrics, measure
-from clipfreeze.train.folder import METRICS, append_json, check_room, write_text
+from clipfreeze.train.folder import METRICS, RESULTS, append_json, check_room, write_text
 from clipfreeze.train.objective import Contrastive, clip_loss
 from clipfreeze.train.pairs import PairSet
 from clipfreeze.train.sources import read_data
@@ -124,7 +124,7 @@ def fit(
     training.tell(_collapse_notes(module, loss, batch_size) + _decline_notes(before, after))
     result = Result(before, after, training.step, seconds, loss, tuple(training.notes), folder)
     if folder is not None:
-        write_text(folder / "results.json", json.dumps(_plain(result), indent=2) + "\n")
+        write_text(folder / RESULTS, json.dumps(_plain(result), indent=2) + "\n")
     return result
 
 

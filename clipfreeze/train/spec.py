@@ -14,10 +14,9 @@ from pydantic import Field, ValidationError
 from clipfreeze.errors import DataError, Problem
 from clipfreeze.policy.loading import builtin_policies
 from clipfreeze.policy.schema import Spec
-from clipfreeze.train.folder import write_text
+from clipfreeze.train.folder import SPEC, write_text
 from clipfreeze.train.table import TableFormat
 
-FILE = "run.toml"
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -61,14 +60,14 @@ def repeatable(spec: RunSpec) -> RunSpec:
 
 def write_spec(spec: RunSpec, folder: Path) -> None:
     """Leave run.toml in the folder; what is null is left out."""
-    write_text(folder / FILE, toml_text(spec.model_dump(exclude_none=True)))
+    write_text(folder / SPEC, toml_text(spec.model_dump(exclude_none=True)))
 
 
 def read_spec(folder: Path) -> RunSpec:
     """The run.toml of a run folder."""
-    path = folder / FILE
+    path = folder / SPEC
     if not path.is_file():
-        raise DataError(f"{folder} is no run folder: it has no {FILE}", "give the folder that `clipfreeze train` named")
+        raise DataError(f"{folder} is no run folder: it has no {SPEC}", "give the folder that `clipfreeze train` named")
     try:
         return RunSpec.model_validate(tomli.loads(path.read_text(encoding="utf-8-sig")))
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
