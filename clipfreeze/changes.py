@@ -2,54 +2,56 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from clipfreeze.anatomy.partition import WRAPPERS
-from clipfreeze.errors import ApplyError, PlanError, Problem, RunError
+from clipfreeze.errors import ApplyError, PlanError, Problem, did_you_mean
+from clipfreeze.inject.added import Added, inject
+from clipfreeze.inject.addition import Addition
 from clipfreeze.inject.dropout import drop_inputs, dropout_problems
 from clipfreeze.inject.freeze import set_trainable, stand_still
 from clipfreeze.inject.init import init_problems, overwrite, start_anew
+from clipfreeze.inject.modes import evaluating
+from clipfreeze.inject.registry import Tokenizer
 from clipfreeze.optim.checks import training_problems
 from clipfreeze.optim.groups import param_groups, prove_groups
 from clipfreeze.optim.optimizers import build_optimizer
 from clipfreeze.optim.schedules import build_scheduler
 from clipfreeze.optim.step_hooks import Pull, clamp_after_steps, pull_before_steps
+from clipfreeze.plan.sites import Site, renamed
 from clipfreeze.plan.value import Plan, PlannedParameter
+from clipfreeze.stored import PLAN, WEIGHTS, digest_of, kind_of, read_plan, read_weights, write_policy
 
 _MARK = "_clipfreeze_policy"
 """Attribute of an applied model: the policy's name. Being no tensor it is in no state_dict."""
 
-PLAN, WEIGHTS = "plan.json", "weights.safetensors"
-_DIGESTS = "sha256 of the base and of these weights"
-"""One entry of metadata, since safetensors writes several in any order."""
 _START = "start of "
 """Prefix in the weights file of l2sp start values that the base does not have."""
 
 
-def apply(plan: Plan, model: nn.Module) -> Applied:
+def apply(plan: Plan, model: nn.Module, *, tokenizer: Tokenizer | None = None) -> Applied:
     """Do to `model` what `plan` says, in place, or nothing at all.
 
     What is frozen gets no gradient and stands still: in eval mode also after `model.train()`, and so does every
-    BatchNorm. Give the bare model; wrap it (DDP, compile) afterwards. Raises ApplyError when plan and model do not
-    fit, PlanError when the optimizer or schedule cannot be made.
+    BatchNorm. Give the bare model; wrap it (DDP, compile) afterwards. `tokenizer` is the model's, where words or class
+    names start a prompt or head and its vocabulary is not CLIP's. Raises ApplyError when plan and model do not fit,
+    PlanError when the optimizer or schedule cannot be made.
     """
     _check(plan, model)
     dims = {len(planned.shape) for planned in plan.trainable}
     wrong = training_problems(plan.optimizer, plan.schedule, any(group.schedule for group in plan.groups), dims)
     if problems := [problem for section in wrong for problem in section]:
         raise PlanError(problems)
-    return _changed(plan, model, None)
+    return _changed(plan, model, tokenizer, None)
 
 
 def load(folder: str | Path, model: nn.Module) -> Applied:
@@ -57,26 +59,39 @@ def load(folder: str | Path, model: nn.Module) -> Applied:
 
     Raises ApplyError, the model being as it was, when a file is missing or broken, or the model is another one.
     """
-    plan = _read_plan(Path(folder) / PLAN)
+    plan = read_plan(Path(folder) / PLAN)
     _check(plan, model)
-    return _changed(plan, model, _read_weights(Path(folder) / WEIGHTS, plan, model))
+    return _changed(plan, model, None, _Saved.read(Path(folder) / WEIGHTS))
 
 
 class Applied:
     """A plan at work on a model. Made by `apply` and `load`."""
 
-    def __init__(self, plan: Plan, model: nn.Module, start: Mapping[str, Tensor], undo: ExitStack) -> None:
+    def __init__(self, plan: Plan, model: nn.Module, start: Mapping[str, Tensor], added: Added, undo: ExitStack) -> None:
         self.plan, self.model = plan, model
         self._undo = undo
         self._start = dict(start)
+        self._sets = {plan.policy.name: added}
+        self._scale = 1.0
+        self._removed = False
 
     def __deepcopy__(self, memo: object) -> Applied:
         raise ApplyError(
             "what applies a policy to one model cannot be copied", "copy the model: the copy keeps the policy"
         )
 
+    @property
+    def additions(self) -> list[tuple[Site, Addition]]:
+        """What the plan added to the model, each with its site."""
+        return [(part.site, part.addition) for part in self._own.parts]
+
+    @property
+    def _own(self) -> Added:
+        return next(iter(self._sets.values()))
+
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that train, by name, in the model's order."""
+        """The parameters that train, by name, in the plan's order."""
+        self._refuse_idle()
         parameters = dict(self.model.named_parameters())
         return {planned.name: parameters[planned.name] for planned in self.plan.trainable}
 
@@ -85,8 +100,7 @@ class Applied:
 
         Its steps keep `clamp`, and add the gradient of `l2sp` first (hence after unscaling and clipping).
         """
-        if _MARK not in vars(self.model):
-            raise ApplyError("the policy was removed from this model", "apply it again")
+        self._refuse_idle()
         parameters = dict(self.model.named_parameters())
         optimizer = build_optimizer(self.plan.optimizer, param_groups(self.plan, parameters))
         prove_groups(optimizer, self.plan, parameters)
@@ -120,48 +134,243 @@ class Applied:
             if planned.l2sp
         )
 
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The model without what policies added to it; what they trained of its own stays trained."""
+        self._refuse_idle()
+        try:
+            for added in self._sets.values():
+                for part in added.parts:
+                    part.addition.set_strength(0.0)
+            yield
+        finally:
+            self._set_strengths()
+
+    def set_scale(self, scale: float) -> None:
+        """How much of LoRA and adapters takes effect, 0 (none) to 1; prompts and heads have no scale."""
+        if not 0 <= scale <= 1:
+            raise ApplyError(f"a scale of {scale:g}", "0 (off) to 1 (in full)")
+        self._refuse_idle()
+        parts = [part for added in self._sets.values() for part in added.parts]
+        if not any(part.addition.scalable for part in parts):
+            raise ApplyError("this policy adds nothing that has a scale", "LoRA and adapters have one")
+        self._scale = scale
+        self._set_strengths()
+
+    def add(self, folder: str | Path, name: str) -> None:
+        """Put what another saved policy adds beside what is there, under a name for `activate`; it does not train.
+
+        Both must leave the same base as it is. It starts inactive. Raises ApplyError, the model being as it was.
+        """
+        self._refuse_idle()
+        if not name.isidentifier() or name in self._sets:
+            what = f"{name!r} is taken" if name in self._sets else f"{name!r} is no name: letters, digits and _"
+            raise ApplyError(what, "give another name")
+        plan, saved = read_plan(Path(folder) / PLAN), _Saved.read(Path(folder) / WEIGHTS)
+        if own := [planned.name for planned in _changing(plan) if planned.origin == "model"]:
+            what = f"the policy in {folder} changes the model's own parameters: {_few(own)}"
+            raise ApplyError(what, "only what adds and changes nothing else can stand beside another policy")
+        sites = tuple(renamed(site, name) for site in plan.sites)
+        with ExitStack() as failed:
+            undo = failed.enter_context(ExitStack())
+            added = inject(sites, self.model, undo, None, fresh=False)
+            paths = {new.path: old.path for new, old in zip(sites, plan.sites, strict=True)}
+            state = {f"{paths[part.site.path]}.{of}": t for part in added.parts for of, t in _state(part.addition)}
+            saved.check(state, plan, self.model)
+            _overwrite(state, saved.tensors)
+            for part in added.parts:
+                part.addition.requires_grad_(False)
+                part.addition.train(self.model.training)
+            added.weight = 0.0
+            self._sets[name] = added
+            self._set_strengths()
+            self._undo.enter_context(undo.pop_all())
+            failed.pop_all()
+
+    def activate(self, *names: str, **weights: float) -> None:
+        """Of the policies at work, let these take effect, in full or with a weight of 0 to 1, and no others.
+
+        The first bears its policy's name, others the one given to `add`. Raises ApplyError for an unknown name, and for
+        two prompts for one tower.
+        """
+        self._refuse_idle()
+        wanted = dict.fromkeys(names, 1.0) | weights
+        for name, weight in wanted.items():
+            if name not in self._sets:
+                raise ApplyError(f"nothing named {name!r} is at work here", did_you_mean(name, list(self._sets)))
+            if not 0 <= weight <= 1:
+                raise ApplyError(f"a weight of {weight:g} for {name!r}", "0 (off) to 1 (in full)")
+            if 0 < weight < 1 and any(not part.addition.scalable for part in self._sets[name].parts):
+                raise ApplyError(f"{name!r} has prompts or a head, which cannot be weighted", "0 or 1")
+        on = [part.site for name, weight in wanted.items() if weight for part in self._sets[name].parts]
+        prompted = [site.tower for site in on if site.kind == "prompt"]
+        if len(prompted) > len(set(prompted)):
+            raise ApplyError(f"two prompts for the {prompted[0]} tower", "activate one of them")
+        for name, added in self._sets.items():
+            added.weight = wanted.get(name, 0.0)
+        self._set_strengths()
+
+    def merge(self) -> float:
+        """Put LoRA into the weights it stands beside: the model has its first classes and keys again.
+
+        Returns the largest change of a feature on a probe batch, relative to the largest feature: rounding alone.
+        Raises ApplyError, nothing being merged, for what cannot be merged (adapters, prompts, heads), and where the
+        weights' own type is too coarse. The optimizer waits until `unmerge`, which restores every bit.
+        """
+        self._refuse_idle()
+        if len(self._sets) > 1:
+            raise ApplyError(f"several policies are at work: {', '.join(self._sets)}", "merge with one on the model")
+        if not self._own.parts:
+            raise ApplyError("this policy adds nothing to merge", "remove() takes it off, what it trained stays")
+        before = _probe(self.plan, self.model)
+        self._own.merge(self.model)
+        with ExitStack() as failed:
+            failed.callback(self._own.unmerge, self.model)
+            change = _change(before, _probe(self.plan, self.model))
+            bound = max(torch.finfo(value.dtype).eps for value in self._own.merged.values()) ** 0.5
+            if not change <= bound:  # nan is in no order
+                what = f"merging changes features by {change:.2g} of the largest, above {bound:.2g}"
+                raise ApplyError(what, "load the model in fp32: its weights' type is too coarse for what was learned")
+            failed.pop_all()
+        return change
+
+    def unmerge(self) -> None:
+        """Undo `merge`: the weights as they were, bit for bit, LoRA beside them. Raises ApplyError if not merged."""
+        self._refuse_removed()
+        if not self._own.merged:
+            raise ApplyError("nothing is merged", "merge() first")
+        self._own.unmerge(self.model)
+
+    def _refuse_removed(self) -> None:
+        if self._removed:
+            raise ApplyError("the policy was removed from this model", "apply it again")
+
+    def _refuse_idle(self) -> None:
+        """ApplyError unless what was added stands in the model."""
+        self._refuse_removed()
+        if self._own.merged:
+            raise ApplyError("the policy is merged into the weights", "unmerge() first")
+
+    def _set_strengths(self) -> None:
+        for added in self._sets.values():
+            added.set_strengths(self._scale)
+
     def remove(self) -> None:
-        """Take the policy off: flags, modes, hooks and attributes as before it. Weights stay as trained."""
+        """Take the policy off: what it added, flags, modes, hooks and attributes. Weights stay as trained, or merged."""
         self._undo.close()
+        self._removed = True
 
     def save(self, folder: str | Path) -> None:
-        """Write the plan and the weights that it changes, for `load`; each file appears whole or not at all.
+        """Write the plan and the tensors that it changes and adds, for `load`; a file appears whole or not at all.
 
         Raises RunError in the system's words where it cannot be written.
         """
-        folder = Path(folder)
+        self._refuse_idle()
         parameters = dict(self.model.named_parameters())
         tensors = {planned.name: parameters[planned.name].detach() for planned in _changing(self.plan)}
+        tensors |= {name: tensor.detach() for name, tensor in self._own.state().items()}
         tensors |= {_START + name: self._start[name] for name in _restarted(self.plan)}
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        with _saving(folder / WEIGHTS) as unfinished:
-            digests = f"{_fingerprint(self.plan, self.model)} {_digest(tensors)}"
-            save_file(tensors, unfinished, {_DIGESTS: digests})
-        with _saving(folder / PLAN) as unfinished:
-            unfinished.write_text(self.plan.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        write_policy(Path(folder), self.plan, tensors, _fingerprint(self.plan, self.model))
 
 
-def _changed(plan: Plan, model: nn.Module, weights: Mapping[str, Tensor] | None) -> Applied:
-    """The transaction. `weights` are a saved policy's; without them the parameters start as the plan says."""
+@dataclass(frozen=True)
+class _Saved:
+    """A file of weights."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    base: str
+    whole: bool
+
+    @classmethod
+    def read(cls, path: Path) -> _Saved:
+        return cls(path, *read_weights(path))
+
+    def check(self, wanted: Mapping[str, Tensor], plan: Plan, model: nn.Module) -> None:
+        """ApplyError unless these are the tensors wanted, whole, and of this model, which is still as it was."""
+        kinds, found = ({name: kind_of(tensor) for name, tensor in group.items()} for group in (wanted, self.tensors))
+        if kinds != found:
+            what = f"{self.path} does not fit its plan: {'; '.join(_differences(kinds, found))}"
+            raise ApplyError(what, "save it again")
+        if not self.whole:
+            raise ApplyError(f"{self.path} is damaged: its weights are not those that were saved", "save it again")
+        if self.base != _fingerprint(plan, model):
+            what = "the weights that do not train are not those that this policy was trained on"
+            fix = "load the same pretrained weights first; make random ones after the same torch.manual_seed"
+            raise ApplyError(f"{self.path} belongs to another base model: {what}", fix)
+
+
+def _changed(plan: Plan, model: nn.Module, tokenizer: Tokenizer | None, saved: _Saved | None) -> Applied:
+    """The transaction. Without a saved policy's weights the parameters start as the plan says."""
+    own = [planned for planned in plan.parameters if planned.origin == "model"]
+    new = [planned for planned in plan.parameters if planned.origin != "model"]
     with ExitStack() as failed:
-        if weights is None:
-            start_anew(plan.parameters, model, failed)
-            start = _copies(plan, model)
-        else:
-            start = _copies(plan, model) | {
-                name.removeprefix(_START): value for name, value in weights.items() if name.startswith(_START)
-            }
-            overwrite(model, {name: value for name, value in weights.items() if not name.startswith(_START)}, failed)
+        if saved is None:
+            start_anew(own, model, failed)
         undo = failed.enter_context(ExitStack())
         vars(model)[_MARK] = plan.policy.name
         undo.callback(vars(model).pop, _MARK)
+        added = inject(plan.sites, model, undo, tokenizer, fresh=saved is None)
+        if saved is None:
+            start_anew(new, model, failed)
+        start = _copies(plan, model)
+        if saved is not None:
+            parameters = dict(model.named_parameters())
+            changing = {planned.name: parameters[planned.name] for planned in _changing(plan)} | added.state()
+            saved.check(changing | {_START + name: start[name] for name in _restarted(plan)}, plan, model)
+            start |= {name: saved.tensors[_START + name] for name in _restarted(plan)}
+            overwrite(model, {planned.name: saved.tensors[planned.name] for planned in _changing(plan)}, failed)
+            _overwrite(added.state(), saved.tensors)
         set_trainable(model, {planned.name for planned in plan.trainable}, undo)
         stand_still(model, undo)
         drop_inputs(plan.parameters, model, undo)
-        applied = Applied(plan, model, start, undo)
+        applied = Applied(plan, model, start, added, undo)
         _warn_of_clamps(plan, model)
         failed.pop_all()
     return applied
+
+
+def _state(addition: Addition) -> Iterator[tuple[str, Tensor]]:
+    yield from addition.state_dict(keep_vars=True).items()
+
+
+def _overwrite(state: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in state.items():
+            tensor.copy_(values[name])
+
+
+def _fingerprint(plan: Plan, model: nn.Module) -> str:
+    """Of all that the plan leaves as it is, buffers too, and without what policies added."""
+    parameters = dict(model.named_parameters())
+    leave_out = {id(parameters[planned.name]) for planned in _changing(plan) if planned.name in parameters}
+    for module in model.modules():
+        if isinstance(module, Addition):
+            leave_out |= {id(tensor) for _, tensor in _state(module)}
+    state = model.state_dict(keep_vars=True)
+    return digest_of({name: tensor for name, tensor in state.items() if id(tensor) not in leave_out})
+
+
+@torch.no_grad()
+def _probe(plan: Plan, model: Any) -> list[Tensor]:
+    """Features of two images of noise and two made-up texts, in eval mode; modes are left as they were."""
+    size, length = model.visual.image_size, model.context_length or 8
+    height, width = (size, size) if isinstance(size, int) else size
+    at = model.logit_scale.device
+    weight = next(tensor for tensor in model.visual.parameters() if tensor.ndim > 1)
+    images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(at, weight.dtype)
+    vocabulary = max(planned.shape[0] for planned in plan.parameters if planned.role == "text.embed")
+    texts = torch.zeros(2, length, dtype=torch.long, device=at)
+    texts[0, :4] = torch.tensor([vocabulary - 2, 5, 6, vocabulary - 1])
+    texts[1, :3] = torch.tensor([vocabulary - 2, 7, vocabulary - 1])
+    with evaluating(model):
+        return [model.encode_image(images).float(), model.encode_text(texts).float()]
+
+
+def _change(before: list[Tensor], after: list[Tensor]) -> float:
+    """The largest difference, as a share of the largest value."""
+    shares = [(a - b).abs().max() / b.abs().max() for b, a in zip(before, after, strict=True)]
+    return torch.stack(shares).max().item()  # nan if one is
 
 
 def _copies(plan: Plan, model: nn.Module) -> dict[str, Tensor]:
@@ -177,7 +386,8 @@ def _changing(plan: Plan) -> list[PlannedParameter]:
 
 def _restarted(plan: Plan) -> set[str]:
     """What l2sp pulls to values that are not the base's."""
-    return {planned.name for planned in plan.trainable if planned.l2sp and planned.init is not None}
+    pulled = (planned for planned in plan.trainable if planned.l2sp)
+    return {planned.name for planned in pulled if planned.init is not None or planned.origin != "model"}
 
 
 def _warn_of_clamps(plan: Plan, model: nn.Module) -> None:
@@ -207,7 +417,7 @@ def _check(plan: Plan, model: nn.Module) -> None:
             "call remove() on what apply returned (applied.remove()); a copy of an applied model keeps the policy",
         )
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    planned = {parameter.name: parameter.shape for parameter in plan.parameters}
+    planned = {parameter.name: parameter.shape for parameter in plan.parameters if parameter.origin == "model"}
     if shapes != planned:
         raise ApplyError(
             f"the plan is for another model ({plan.model.name}): {'; '.join(_differences(planned, shapes))}",
@@ -239,7 +449,8 @@ def _dtype_problems(plan: Plan, model: nn.Module) -> Iterator[Problem]:
     parameters = dict(model.named_parameters())
     if meta := [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]:
         yield Problem(f"the model has no weights: {_few(meta)} on the meta device", "load it on a real device")
-    half = [p.name for p in plan.trainable if parameters[p.name].dtype in (torch.float16, torch.bfloat16)]
+    own = [planned.name for planned in plan.trainable if planned.origin == "model"]
+    half = [name for name in own if parameters[name].dtype in (torch.float16, torch.bfloat16)]
     if half:
         what = f"{_few(half)} would train in {str(parameters[half[0]].dtype).removeprefix('torch.')}"
         fix = "load the model in fp32 and let autocast do the rest"
@@ -248,84 +459,3 @@ def _dtype_problems(plan: Plan, model: nn.Module) -> Iterator[Problem]:
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _read_plan(path: Path) -> Plan:
-    try:
-        return Plan.model_validate_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ApplyError(f"cannot read {path}: {error.strerror}", "give a folder that save() wrote") from error
-    except (ValidationError, UnicodeDecodeError) as error:
-        first = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error)
-        raise ApplyError(f"{path} is no plan of this version: {first}", "save it again") from error
-
-
-def _read_weights(path: Path, plan: Plan, model: nn.Module) -> dict[str, Tensor]:
-    """The saved tensors, once they are known to fit the model."""
-    try:
-        with safe_open(path, "pt") as file:
-            base, _, whole = (file.metadata() or {}).get(_DIGESTS, "").partition(" ")
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-    except (OSError, SafetensorError) as error:
-        raise ApplyError(f"cannot read {path}: {error}", "give a folder that save() wrote whole") from error
-    parameters = dict(model.named_parameters())
-    expected = {planned.name: parameters[planned.name] for planned in _changing(plan)}
-    expected |= {_START + name: parameters[name] for name in _restarted(plan)}
-    wanted, found = ({name: _kind(t) for name, t in group.items()} for group in (expected, tensors))
-    if wanted != found:
-        raise ApplyError(f"{path} does not fit its plan: {'; '.join(_differences(wanted, found))}", "save it again")
-    if whole != _digest(tensors):
-        raise ApplyError(f"{path} is damaged: its weights are not those that were saved", "save it again")
-    if base != _fingerprint(plan, model):
-        what = "the weights that do not train are not those that this policy was trained on"
-        fix = "load the same pretrained weights first; make random ones after the same torch.manual_seed"
-        raise ApplyError(f"{path} belongs to another base model: {what}", fix)
-    return tensors
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
-def _fingerprint(plan: Plan, model: nn.Module) -> str:
-    """Of all that the plan leaves as it is, buffers too."""
-    parameters = dict(model.named_parameters())
-    changing = {id(parameters[planned.name]) for planned in _changing(plan)}
-    state = model.state_dict(keep_vars=True)
-    return _digest({name: tensor for name, tensor in state.items() if id(tensor) not in changing})
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {_kind(tensor)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place once it is whole."""
-    unfinished = path.with_name(path.name + ".part")
-    try:
-        unfinished.touch()
-        mode = unfinished.stat().st_mode
-        yield unfinished
-        unfinished.chmod(mode)  # safetensors lets only the owner read
-        unfinished.replace(path)
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()
-
-
-@contextmanager
-def _saving(path: Path) -> Iterator[Path]:
-    """A whole file in a folder that may have to be made; a failure is a RunError in the system's words."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as unfinished:
-            yield unfinished
-    except (OSError, SafetensorError) as error:
-        what = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise RunError(f"cannot write {path}: {what}", "make room, or give another folder") from error

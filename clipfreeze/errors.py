@@ -51,6 +51,10 @@ class ApplyError(ClipfreezeError):
     """The plan cannot be applied to this model; the model is as it was."""
 
 
+class ExportError(ClipfreezeError):
+    """The format cannot hold this model."""
+
+
 class DataError(ClipfreezeError):
     """The data cannot be read or does not suffice."""
 

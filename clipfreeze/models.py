@@ -76,13 +76,32 @@ def canonical_name(text: str) -> str:
     raise ModelError(f"open_clip has no model {text!r}", did_you_mean(name, [*names, "demo"]))
 
 
+def model_config(name: str) -> dict[str, Any]:
+    """open_clip's config for a canonical name, yours to change; a network is needed for `hf-hub:` alone."""
+    schema, place = parse_model_name(name)
+    if schema == "local-dir" and not Path(place).is_dir():
+        raise ModelError(f"there is no folder {place!r}", "write local-dir:FOLDER with open_clip_config.json in it")
+    try:
+        config = open_clip.get_model_config(name)
+    except (OSError, ValueError, RuntimeError) as error:
+        if schema == "local-dir":
+            raise ModelError(
+                f"{Path(place, 'open_clip_config.json')} cannot be read: {_first_line(error)}",
+                "open_clip writes this file with save_for_hf, clipfreeze with export --to open_clip",
+            ) from error
+        raise _no_network(f"the config of {name}", error) from error
+    if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
+        raise ModelError(f"{name}: its open_clip_config.json has no model_cfg with embed_dim, vision_cfg and text_cfg")
+    return config
+
+
 def build_on_meta(text: str) -> nn.Module:
     """The model without weights: shapes and names only, in a fraction of a second whatever its size.
 
     Needs the network for `hf-hub:` names and for configs whose text tower is a Hugging Face model.
     """
     name = canonical_name(text)
-    config = _config(name)
+    config = model_config(name)
     with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
         # From a folder without weights, so that nothing can be downloaded but a Hugging Face config.
         Path(folder, "open_clip_config.json").write_text(json.dumps({"model_cfg": config}), encoding="utf-8")
@@ -96,7 +115,7 @@ def load(text: str, pretrained: str | None = None, *, precision: str = "fp32", d
     models have the weights that lie beside their config, and others random ones, which `notes` says.
     """
     name = canonical_name(text)
-    _config(name)
+    model_config(name)
     schema, place = parse_model_name(name)
     file = _file_beside_config(place) if schema == "local-dir" and not pretrained else _file_asked_for(name, pretrained)
     tag = pretrained if file is None else None
@@ -159,25 +178,6 @@ def _fitted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 _FITTING = "name the model this file was saved from; a file with a logit_bias needs a model with init_logit_bias"
-
-
-def _config(name: str) -> dict[str, Any]:
-    """The model's config; a network is needed for `hf-hub:` alone."""
-    schema, place = parse_model_name(name)
-    if schema == "local-dir" and not Path(place).is_dir():
-        raise ModelError(f"there is no folder {place!r}", "write local-dir:FOLDER with open_clip_config.json in it")
-    try:
-        config = open_clip.get_model_config(name)
-    except (OSError, ValueError, RuntimeError) as error:
-        if schema == "local-dir":
-            raise ModelError(
-                f"{Path(place, 'open_clip_config.json')} cannot be read: {_first_line(error)}",
-                "open_clip writes this file with save_for_hf, clipfreeze with export --to open_clip",
-            ) from error
-        raise _no_network(f"the config of {name}", error) from error
-    if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= config.keys():
-        raise ModelError(f"{name}: its open_clip_config.json has no model_cfg with embed_dim, vision_cfg and text_cfg")
-    return config
 
 
 def _create(

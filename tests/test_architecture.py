@@ -15,8 +15,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = (  # each may import from those after it, and from its own
     ("cli",),
-    ("train",),
+    ("train", "export"),
     ("changes", "models"),
+    ("stored",),
     ("inject", "optim"),
     ("plan",),
     ("policy", "anatomy"),
@@ -98,6 +99,7 @@ def test_the_public_names():
         ["show", "last_n"],
         ["schema"],
         ["apply", "--help"],
+        ["export", "--help"],
         ["nonsense"],
     ],
     ids=" ".join,

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clipfreeze import changes
+from clipfreeze import changes, stored
 from clipfreeze.changes import Applied, apply
 from clipfreeze.errors import ApplyError, PlanError, RunError
 from clipfreeze.plan.build import resolve
@@ -658,7 +658,7 @@ def test_a_failed_save_keeps_the_former_files_and_leaves_no_other(saved, monkeyp
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(changes, "save_file", full)
+    monkeypatch.setattr(stored, "save_file", full)
     with pytest.raises(RunError, match=r"cannot write .*weights\.safetensors: No space left on device"):
         applied.save(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before

@@ -10,6 +10,7 @@ from clipfreeze.anatomy.partition import describe
 from clipfreeze.cli.app import main
 from clipfreeze.models import build_on_meta
 from clipfreeze.plan.build import resolve
+from clipfreeze.policy.actions import ACTIONS
 from clipfreeze.policy.loading import builtin_policies, load_policy
 from clipfreeze.policy.schema import SETTINGS, PolicyFile
 
@@ -54,6 +55,7 @@ def test_commands_in_the_docs_print_what_is_shown(text, monkeypatch, capsys):
 def test_the_language_page_names_every_setting_and_the_readme_every_policy():
     page = (ROOT / "docs" / "language.md").read_text(encoding="utf-8")
     assert all(f"`{name}" in page for name in SETTINGS)
+    assert all(f"`{name}`" in page for action in ACTIONS.values() for name in action.model_fields)
     assert all(re.search(rf"^\[*{name}\b", page, re.MULTILINE) for name in PolicyFile.model_fields)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in readme for name in builtin_policies() if name != "base")

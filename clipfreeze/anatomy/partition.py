@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from clipfreeze.anatomy.layout import Layout, Place, is_norm, places
 from clipfreeze.anatomy.parts import TOWERS, Anatomy, Parameter, Tower
 from clipfreeze.anatomy.slots import block_slots, pool_slots
 from clipfreeze.anatomy.text import TEXT_LAYOUTS, text_name
+from clipfreeze.anatomy.tokens import text_tokens, vision_tokens
 from clipfreeze.anatomy.vision import VISION_LAYOUTS, vision_name
 from clipfreeze.errors import ModelError
 
@@ -22,6 +24,9 @@ EMBEDDINGS = frozenset(
     )
 )
 """Bare parameters that are looked up or added, not multiplied: tokens, positions, probes of attention pools."""
+
+FACTORS = ("proj", "text_projection")
+"""Bare parameters that open_clip's towers multiply by."""
 
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """How the only child is called of DataParallel, DistributedDataParallel and AveragedModel, torch.compile, FSDP."""
@@ -55,9 +60,14 @@ def describe(model: nn.Module, name: str | None = None) -> Anatomy:
         model=name or type(model).__name__,
         family=_family(model),
         parameters=parameters,
-        towers=tuple(_tower(tower, layout) for tower, layout in layouts.items()),
+        towers=tuple(_tower(model, tower, layout) for tower, layout in layouts.items()),
         notes=tuple(_notes(parameters)),
     )
+
+
+def find_tower(model: nn.Module, name: str) -> Tower:
+    """One tower alone, "vision" or "text"; unlike `describe` it does not mind what policies added."""
+    return _tower(model, name, _layouts(model)[name])
 
 
 def _layouts(model: nn.Module) -> dict[str, Layout]:
@@ -113,7 +123,7 @@ def _parameter(
     slots: tuple[str, ...] = ()
     if place.role.endswith(".blocks"):
         kind, slots = block_slots(inside)
-    elif place.role.endswith(".pool"):
+    elif place.role.endswith(".pool") and name.rpartition(".")[2] not in EMBEDDINGS:  # a learned query is no q
         slots = pool_slots(inside)
     elif place.role == "decoder":
         _, slots = block_slots(inside.split(".", 2)[-1])  # resblocks.0.attn... and cross_attn.0.attn...
@@ -134,7 +144,24 @@ def _parameter(
         fixed=place.role.endswith(".embed") and _is_fixed(tensor, owner),
         called=UNCALLED not in name,
         aliases=aliases,
+        product=_product(name.rpartition(".")[2], tensor, owner, slots),
     )
+
+
+def _product(
+    leaf: str, tensor: Tensor, owner: nn.Module, slots: tuple[str, ...]
+) -> Literal["linear", "conv", "factor", "embedding"] | None:
+    """How the model multiplies by the tensor. A convolution that works its weight over first is none of these."""
+    if tensor.ndim < 2:
+        return None
+    if isinstance(owner, nn.Embedding):
+        return "embedding"
+    if isinstance(owner, nn.modules.conv._ConvNd):
+        plain = type(owner).forward is nn.Conv2d.forward and owner.padding_mode == "zeros"
+        return "conv" if plain else None
+    if isinstance(owner, nn.Linear) or slots:
+        return "linear"
+    return "factor" if leaf in FACTORS else None
 
 
 def _tags(leaf: str, tensor: Tensor, owner: nn.Module, place: Place) -> Iterator[str]:
@@ -183,9 +210,10 @@ def _aliases(model: nn.Module) -> dict[int, tuple[str, ...]]:
     return names
 
 
-def _tower(name: str, layout: Layout) -> Tower:
+def _tower(model: nn.Module, name: str, layout: Layout) -> Tower:
     stages = tuple(block.stage for block in layout.blocks if block.stage is not None)
-    return Tower(name, tuple(block.name for block in layout.blocks), stages)
+    tokens = text_tokens(model) if name == "text" else vision_tokens(model.get_submodule("visual"))
+    return Tower(name, tuple(block.name for block in layout.blocks), stages, tokens)
 
 
 def _family(model: nn.Module) -> str:

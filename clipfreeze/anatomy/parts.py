@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 TOWERS = ("vision", "text")
 TOWER_PARTS = ("embed", "blocks", "norm", "pool", "proj")
@@ -28,9 +29,14 @@ class Parameter:
 
     `name` and `shape` are as `named_parameters()` gives them. `block` and `stage` count from 0 within the tower and
     are None outside `blocks`. `slots` is ("q", "k", "v") for a fused weight or bias, ("q",) for one that stands alone.
+    `product` is how the model multiplies by it, or None: the weight (out, in) of a linear map, of a convolution, a bare
+    factor (in, out), a table of embeddings.
     `fixed` says that the model itself never trains it (sin-cos position embeddings). `called` is
     False where a module's weight is read without a call of the module, so that its input is out of reach. `aliases` are
     the other names of a tied tensor.
+
+    What a policy adds has the action as its role, `beside` the role of what it works on, and `lr_ratio`, by which its
+    learning rate is multiplied.
     """
 
     name: str
@@ -44,6 +50,9 @@ class Parameter:
     fixed: bool = False
     called: bool = True
     aliases: tuple[str, ...] = ()
+    product: Literal["linear", "conv", "factor", "embedding"] | None = None
+    beside: str | None = None
+    lr_ratio: float = 1.0
 
     @property
     def size(self) -> int:
@@ -53,17 +62,46 @@ class Parameter:
     @property
     def tower(self) -> str | None:
         """ "vision", "text", or None for the decoder and the root scalars."""
-        tower, dot, _ = self.role.partition(".")
+        tower, dot, _ = self.place.partition(".")
         return tower if dot else None
+
+    @property
+    def place(self) -> str:
+        """Its role; of what a policy added, the role of what it works on."""
+        return self.role if self.beside is None else self.beside
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The row of tokens that the blocks of a tower work on: (B, N, width), or (N, B, width) if not `batch_first`.
+
+    The `first` ones are no words or patches: start, class and register tokens.
+    Of a text, `table` is the parameter that ids are looked up in, `context` the most ids that it takes (None: any
+    number), and `end` says which of a row is its last: the largest id; the first `end_id`, else the last but `pad`; the
+    last but `pad`; the `pad` behind that.
+    """
+
+    width: int
+    first: int
+    batch_first: bool = True
+    table: str = ""
+    context: int | None = None
+    end: Literal["largest", "id", "last", "pad"] = "last"
+    end_id: int = 0
+    pad: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Tower:
-    """`blocks` are module names in depth order; `stages` gives the stage of each block, or is empty."""
+    """`blocks` are module names in depth order; `stages` gives the stage of each block, or is empty.
+
+    `tokens` is what the blocks work on, or in a few words why nothing can be put among it.
+    """
 
     name: str
     blocks: tuple[str, ...]
     stages: tuple[int, ...] = ()
+    tokens: Tokens | str = "has no tokens"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from clipfreeze.cli import (
     diff_policies,
     eval_folder,
     explain_policy,
+    export_run,
     list_policies,
     print_schema,
     show_policy,
@@ -38,6 +39,7 @@ app.command("explain")(explain_policy.run)
 app.command("diff")(diff_policies.run)
 app.command("train")(train_policy.run)
 app.command("eval")(eval_folder.run)
+app.command("export")(export_run.run)
 app.command("schema")(print_schema.run)
 
 

@@ -16,6 +16,7 @@ from clipfreeze.policy.knobs import KnobValue, parse_value
 if TYPE_CHECKING:
     from clipfreeze.anatomy.parts import Anatomy
     from clipfreeze.plan.value import Plan
+    from clipfreeze.policy.loading import Policy
 
 PREVIEW_MODEL = "ViT-B-32"
 
@@ -64,11 +65,16 @@ def anatomy_of(model: str) -> Anatomy:
 
 def plan_for(policy: str, anatomy: Anatomy, knobs: dict[str, KnobValue]) -> Plan:
     """The plan of a policy by name, its optimizer and schedule checked by name and options too."""
-    from clipfreeze.optim.checks import check_optimizer
-    from clipfreeze.plan.build import resolve
     from clipfreeze.policy.loading import load_policy
 
-    loaded = load_policy(policy, **knobs)
+    return plan_of(load_policy(policy, **knobs), anatomy)
+
+
+def plan_of(loaded: Policy, anatomy: Anatomy) -> Plan:
+    """The plan of a policy, its optimizer and schedule checked by name and options too."""
+    from clipfreeze.optim.checks import check_optimizer
+    from clipfreeze.plan.build import resolve
+
     problems: list[Problem] = []
     plan = None
     try:

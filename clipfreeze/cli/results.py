@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 def metrics_table(found: Mapping[str, Metrics]) -> str:
     """A row for each score of each set."""
+    plain = _plain(found)
     rows = [
-        (_set(name, metrics), score, _shown(score, value))
+        (_set(name, metrics, "" if plain else _HOW[metrics.kind]), score, _shown(score, value))
         for name, metrics in found.items()
         for score, value in metrics.scores.items()
     ]
@@ -23,17 +24,40 @@ def metrics_table(found: Mapping[str, Metrics]) -> str:
 
 def result_table(before: Mapping[str, Metrics], after: Mapping[str, Metrics]) -> str:
     """A row for each score of each set, before and after training."""
+    plain = _plain(after)
     rows = [
-        (_set(name, metrics), score, _shown(score, value), _shown(score, after[name].scores[score]))
+        (
+            _set(name, metrics, "" if plain else _both(metrics, after[name])),
+            score,
+            _shown(score, value),
+            _shown(score, after[name].scores[score]),
+        )
         for name, metrics in before.items()
         for score, value in metrics.scores.items()
     ]
     return grid(_once(rows), ("measured on", "", "before", "after"))
 
 
-def _set(name: str, metrics: Metrics) -> str:
-    kind = "classes" if metrics.kind == "zero-shot" else "captions"
-    return f"{name}: {metrics.images} images, {metrics.texts} {kind}"
+_HOW = {
+    "zero-shot": "zero-shot",
+    "retrieval": "by the encoders",
+    "head": "by the head",
+    "prompt": "with the prompt",
+}
+
+
+def _plain(found: Mapping[str, Metrics]) -> bool:
+    """Whether all is measured as an untuned model is."""
+    return all(metrics.kind in ("zero-shot", "retrieval") for metrics in found.values())
+
+
+def _both(before: Metrics, after: Metrics) -> str:
+    return _HOW[after.kind] if before.kind == after.kind else f"{_HOW[before.kind]}, then {_HOW[after.kind]}"
+
+
+def _set(name: str, metrics: Metrics, how: str) -> str:
+    kind = "captions" if any("recall" in score for score in metrics.scores) else "classes"
+    return f"{name}: {metrics.images} images, {metrics.texts} {kind}" + (f", {how}" if how else "")
 
 
 def _once(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:

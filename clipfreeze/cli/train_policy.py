@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from clipfreeze import demo
-from clipfreeze.cli.common import PolicyArgument, SetOption, anatomy_of, knob_settings, plan_for
+from clipfreeze.cli.common import PolicyArgument, SetOption, anatomy_of, knob_settings, plan_of
 
 DEMO_MODEL = "demo"
 
@@ -52,11 +52,9 @@ def run(
     knobs = knob_settings(settings)
     if model == DEMO_MODEL:  # far smaller than the models that published rates are for
         knobs = {**demo.KNOBS.get(policy, {}), **knobs}
-    plan = plan_for(policy, anatomy_of(model), knobs)
-    print(plan, flush=True)
 
     from clipfreeze.cli.results import result_table
-    from clipfreeze.train.runs import train_run
+    from clipfreeze.train.runs import run_policy, train_run
     from clipfreeze.train.spec import RunSpec
     from clipfreeze.train.table import TableFormat
 
@@ -75,6 +73,8 @@ def run(
         seed=seed,
         num_workers=workers,
     )
+    plan = plan_of(run_policy(spec), anatomy_of(model))
+    print(plan, flush=True)
     result = train_run(spec, plan, out)
     print(f"\n{result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.3f}\n")
     print(result_table(result.before, result.after))

@@ -9,6 +9,8 @@ from functools import partial
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from clipfreeze.inject.addition import Addition
+
 
 def set_trainable(model: nn.Module, trainable: Collection[str], undo: ExitStack) -> None:
     """Gradients for the parameters named in `trainable`, for no others."""
@@ -20,12 +22,15 @@ def set_trainable(model: nn.Module, trainable: Collection[str], undo: ExitStack)
 def stand_still(model: nn.Module, undo: ExitStack) -> None:
     """Put frozen modules in eval mode, where they stay when somebody calls `model.train()`.
 
-    A module is frozen if it has parameters and none requires a gradient: its dropout, drop-path and buffers rest.
+    A module is frozen if it has parameters and none requires a gradient: its dropout, drop-path and buffers rest. What
+    a policy added is no part of that: it follows `model.train()` also within a frozen module.
     Batch statistics rest in any case, also where scale and shift of the norm train: fine-tuning batches are small and
     unlike those of pretraining. The undo restores the mode of every module.
     """
     for module in model.modules():
         undo.callback(setattr, module, "training", module.training)
+    for addition in _additions(model):
+        addition.train(model.training)
     for module in dict.fromkeys(_frozen_modules(model)):
         former = vars(module).get("train")
         if former is None:
@@ -37,16 +42,37 @@ def stand_still(model: nn.Module, undo: ExitStack) -> None:
 
 
 def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
-    return type(module).train(module, False)
+    type(module).train(module, False)
+    for addition in _additions(module):
+        addition.train(mode)
+    return module
+
+
+def _additions(module: nn.Module) -> list[Addition]:
+    return [inner for inner in module.modules() if isinstance(inner, Addition)]
 
 
 def _frozen_modules(module: nn.Module) -> Iterator[nn.Module]:
     """The modules within a `module` that is not frozen itself."""
     for child in module.children():
+        if isinstance(child, Addition):
+            continue
         if isinstance(child, _NormBase) or not _follows_training(child, module):
-            yield from child.modules()
+            yield from _own_modules(child)
         else:
             yield from _frozen_modules(child)
+
+
+def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """As `modules()`, without what a policy added."""
+    if not isinstance(module, Addition):
+        yield module
+        for child in module.children():
+            yield from _own_modules(child)
+
+
+def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    return (parameter for inner in _own_modules(module) for parameter in inner.parameters(recurse=False))
 
 
 def _follows_training(child: nn.Module, parent: nn.Module) -> bool:
@@ -67,8 +93,8 @@ def _follows_training(child: nn.Module, parent: nn.Module) -> bool:
 
 
 def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
+    return next(_own_parameters(module), None) is not None
 
 
 def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
+    return any(parameter.requires_grad for parameter in _own_parameters(module))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from clipfreeze.anatomy.parts import TOWER_PARTS, Anatomy, Parameter
 from clipfreeze.errors import PlanError, Problem
+from clipfreeze.plan.additions import extended, find_additions
+from clipfreeze.plan.additions import speeches as action_speeches
 from clipfreeze.plan.cascade import Decisions, Speech, Word, decide, winner
 from clipfreeze.plan.lint import lint_warnings
 from clipfreeze.plan.match import Matcher
@@ -21,6 +23,7 @@ from clipfreeze.plan.value import (
     RuleReport,
     Totals,
 )
+from clipfreeze.policy.actions import ACTIONS, Action
 from clipfreeze.policy.loading import PlacedRule, Policy
 from clipfreeze.policy.patterns import PatternError
 from clipfreeze.policy.schema import SETTINGS, TRAINING_SETTINGS
@@ -53,18 +56,23 @@ def resolve(policy: Policy, model: nn.Module | Anatomy) -> Plan:
 
 class _Resolution:
     def __init__(self, policy: Policy, anatomy: Anatomy) -> None:
-        self.policy, self.anatomy = policy, anatomy
+        self.policy = policy
         self.problems: list[Problem] = []
-        self.claims: dict[tuple[str, int, bool], Claim] = {}
+        self.claims: dict[tuple[str, int, str, bool], Claim] = {}
         self.rules = policy.rules
+        self.additions = find_additions(anatomy, self.rules, self.problems)
+        self.anatomy = extended(anatomy, self.additions.sites)
         self.matched = self._matched()
-        speeches = [
-            Speech(number, rule.rule.said(), matched)
-            for number, (rule, matched) in enumerate(zip(self.rules, self.matched, strict=True), start=1)
-            if rule.active
-        ]
-        self.decisions = decide(len(anatomy.parameters), speeches)
-        self.trains = list(map(self._trains, range(len(anatomy.parameters))))
+        added = action_speeches(
+            self.additions, {parameter.name: index for index, parameter in enumerate(self.anatomy.parameters)}
+        )
+        speeches: list[Speech] = []
+        for number, (rule, matched) in enumerate(zip(self.rules, self.matched, strict=True), start=1):
+            if rule.active:
+                said = {name: value for name, value in rule.rule.said().items() if name not in ACTIONS}
+                speeches += [Speech(number, said, matched if said else ()), *added.get(number, ())]
+        self.decisions = decide(len(self.anatomy.parameters), speeches)
+        self.trains = list(map(self._trains, range(len(self.anatomy.parameters))))
 
     def plan(self) -> Plan:
         decided = self._decided()
@@ -80,11 +88,13 @@ class _Resolution:
             raise PlanError(self.problems)
         trainable = [parameter for parameter in parameters if parameter.trainable]
         total, trains = sum(p.size for p in parameters), sum(p.size for p in trainable)
+        injected = sum(p.size for p in parameters if p.origin != "model")
         plan = Plan(
             policy=PolicyFacts(name=self.policy.name, sources=self.policy.sources, params=dict(self.policy.params)),
-            model=ModelFacts(name=self.anatomy.model, family=self.anatomy.family, parameters=total),
-            totals=Totals(parameters=total, trainable=trains, injected=0, frozen=total - trains),
+            model=ModelFacts(name=self.anatomy.model, family=self.anatomy.family, parameters=total - injected),
+            totals=Totals(parameters=total, trainable=trains, injected=injected, frozen=total - trains),
             parameters=parameters,
+            sites=self.additions.sites,
             groups=tuple(_groups(trainable)),
             optimizer=self.policy.optimizer,
             schedule=self.policy.schedule,
@@ -93,14 +103,14 @@ class _Resolution:
                     rule=number,
                     source=rule.source,
                     match=rule.rule.match,
-                    says=rule.rule.said(),
+                    says=_plain(rule.rule.said()),
                     active=rule.active,
                     matched=len(matched),
                     decided=len(decided[number - 1]),
                 )
                 for number, (rule, matched) in enumerate(zip(self.rules, self.matched, strict=True), start=1)
             ),
-            frontier={tower.name: _frontier(tower.name, trainable) for tower in self.anatomy.towers},
+            frontier={tower.name: self._frontier(tower.name) for tower in self.anatomy.towers},
             estimate=_estimate(parameters, self.policy),
         )
         return plan.model_copy(update={"warnings": tuple(lint_warnings(plan, self.anatomy))})
@@ -111,7 +121,9 @@ class _Resolution:
         matched = []
         for rule in self.rules:
             taken: frozenset[int] = frozenset()
-            if rule.active:
+            if rule.active and not rule.rule.said().keys() - ACTIONS.keys():
+                taken = self._matched_by_actions(len(matched) + 1, rule, matcher)
+            elif rule.active:
                 for pattern in rule.rule.match:
                     taken |= self._select(matcher, rule, pattern)
                 for pattern in rule.rule.exclude:
@@ -120,11 +132,33 @@ class _Resolution:
                     if excluded and not taken and not rule.rule.optional:
                         self._problem(rule, f"exclude = {pattern!r} takes out all that matched", "narrow it")
             matched.append(taken)
+            self._check_added(len(matched), rule, matcher)
         return matched
 
-    def _select(self, matcher: Matcher, rule: PlacedRule, pattern: str) -> frozenset[int]:
+    def _check_added(self, number: int, rule: PlacedRule, matcher: Matcher) -> None:
+        """An action may not be left with nothing to act on where its patterns took something."""
+        acts = rule.active and not rule.rule.optional and rule.rule.said().keys() & ACTIONS.keys()
+        told = any((problem.path, problem.line) == (rule.path, rule.line) for problem in self.problems)
+        if not acts or told or self.additions.matched.get(number) or all(map(matcher.is_empty_by_count, rule.rule.match)):
+            return
+        if rule.rule.exclude:
+            self._problem(rule, f"exclude = {rule.rule.exclude[-1]!r} takes out all that matched", "narrow it")
+        else:
+            what = f"{rule.rule.match[0]!r} takes what the policy itself adds, to which nothing can be added"
+            self._problem(rule, what, "match the model's own parameters")
+
+    def _matched_by_actions(self, number: int, rule: PlacedRule, matcher: Matcher) -> frozenset[int]:
+        """What a rule of actions alone matches, with the same answers to patterns that take nothing."""
+        for pattern in (*rule.rule.match, *rule.rule.exclude):
+            self._select(matcher, rule, pattern, fused=True)
+        return self.additions.matched.get(number, frozenset())
+
+    def _select(self, matcher: Matcher, rule: PlacedRule, pattern: str, *, fused: bool = False) -> frozenset[int]:
         try:
-            taken = matcher.select(pattern, lenient=rule.rule.optional)
+            if fused:
+                taken = frozenset(index for index, _ in matcher.addresses(pattern, lenient=rule.rule.optional))
+            else:
+                taken = matcher.select(pattern, lenient=rule.rule.optional)
         except PatternError as error:
             self._problem(rule, str(error), error.fix)
             return frozenset()
@@ -152,10 +186,10 @@ class _Resolution:
         """
         anything_trains = any(self.trains)
         for number, (rule, matched) in enumerate(zip(self.rules, self.matched, strict=True), start=1):
-            if not matched or rule.rule.optional:
+            if not matched or rule.rule.optional or number in self.additions.refused:
                 continue
             if not decided[number - 1]:
-                over = {self._last_word(index, rule) for index in matched}
+                over = self._over(number, rule, matched)
                 if all(self.rules[other - 1].file == rule.file for other in over):
                     where = ", ".join(f"line {self.rules[other - 1].line}" for other in sorted(over))
                     what = f"this rule decides nothing: later rules ({where}) say otherwise of all it matches"
@@ -168,6 +202,17 @@ class _Resolution:
                     self._check_idle(number, setting, of)
                 if setting == "dropout" and rule.rule.dropout:
                     self._check_dropout(rule, of)
+
+    def _over(self, number: int, rule: PlacedRule, matched: frozenset[int]) -> set[int]:
+        """The rules that outvote all that this one says."""
+        over = {
+            words[-1].rule
+            for words in self.additions.words.values()
+            if any(word.rule == number for word in words) and words[-1].rule != number
+        }
+        if not rule.rule.said().keys() - ACTIONS.keys():
+            return over
+        return over | {self._last_word(index, rule) for index in matched}
 
     def _check_dropout(self, rule: PlacedRule, of: list[int]) -> None:
         for parameter in (self.anatomy.parameters[index] for index in of):
@@ -182,7 +227,8 @@ class _Resolution:
 
     def _last_word(self, index: int, rule: PlacedRule) -> int:
         """The last rule to outvote `rule` on some setting of a parameter."""
-        settings = ("train" if setting == "freeze" else setting for setting in rule.rule.said())
+        said = (setting for setting in rule.rule.said() if setting not in ACTIONS)
+        settings = ("train" if setting == "freeze" else setting for setting in said)
         words = [self.decisions[index][setting][-1] for setting in settings]
         if "lr_scale" in rule.rule.said() and "lr" in self.decisions[index]:
             words.append(self.decisions[index]["lr"][-1])
@@ -202,7 +248,11 @@ class _Resolution:
         places = [self.rules[freezer - 1] for freezer in sorted(freezers)]
         by = ", ".join(place.source if place.file != rule.file else f"line {place.line}" for place in places)
         what = f"{setting} on what stays frozen: {shown} (by {by or 'default'})"
-        self._problem(rule, what, "add train = true, take it out, or let it pass with optional = true")
+        actions = [name for name in ACTIONS if getattr(rule.rule, name) is not None]
+        fix = "add train = true, take it out, or let it pass with optional = true"
+        if actions and setting in ("lr", "weight_decay"):
+            fix = f"of what the rule adds, write it inside: {actions[0]} = {{ {setting} = ... }}"
+        self._problem(rule, what, fix)
 
     def _trains(self, index: int) -> bool:
         if self.anatomy.parameters[index].fixed:
@@ -218,6 +268,7 @@ class _Resolution:
             "dtype": parameter.dtype,
             "role": parameter.role,
             "block": parameter.block,
+            "origin": parameter.role if parameter.role in ACTIONS else "model",
             "trainable": trainable,
             "fixed": parameter.fixed,
             "init": values.get("init"),
@@ -248,24 +299,35 @@ class _Resolution:
             if not self.problems:  # one is enough: the fix is the same for all
                 self.problems.append(problem)
             return 0.0
-        scaled: float = lr * values.get("lr_scale", 1.0)
+        scaled: float = lr * values.get("lr_scale", 1.0) * parameter.lr_ratio
         if "layer_decay" in values:
             scaled *= values["layer_decay"] ** _blocks_above(parameter, self.anatomy)
         return scaled if scaled == lr else float(f"{scaled:.6g}")  # so that groups with one lr are one
 
     def _claims(self, decisions: Decisions) -> Iterator[Claim]:
-        for setting in ("train", *SETTINGS[2:]):
+        for setting in ("train", *SETTINGS[2:]):  # freeze is train, said with false
             best = winner(decisions, setting)
             for word in decisions.get(setting, []):
                 yield self._claim(setting, word, word is best)
 
     def _claim(self, setting: str, word: Word, wins: bool) -> Claim:
         """One object for all the parameters a rule says this of."""
-        key = (setting, word.rule, wins)
+        key = (setting, word.rule, repr(word.value), wins)
         if key not in self.claims:
             source = self.rules[word.rule - 1].source
             self.claims[key] = Claim(setting=setting, value=word.value, rule=word.rule, source=source, wins=wins)
         return self.claims[key]
+
+    def _frontier(self, tower: str) -> str | None:
+        """The first part of the tower, in the order of a forward pass, in which something trains."""
+        trainable = [of for of, trains in zip(self.anatomy.parameters, self.trains, strict=True) if trains]
+        for part in TOWER_PARTS:
+            here = [parameter for parameter in trainable if parameter.place == f"{tower}.{part}"]
+            if here and part == "blocks":
+                return f"{tower}.blocks[{min(p.block for p in here if p.block is not None)}]"
+            if here:
+                return f"{tower}.{part}"
+        return None
 
     def _nothing_trains(self) -> Problem:
         rules = {word.rule for decisions in self.decisions if (word := winner(decisions, "train"))}
@@ -286,7 +348,7 @@ def _blocks_above(parameter: Parameter, anatomy: Anatomy) -> int:
     count = len(anatomy.tower(parameter.tower).blocks)
     if parameter.block is not None:
         return count - parameter.block
-    return count + 1 if parameter.role.endswith(".embed") else 0
+    return count + 1 if parameter.place.endswith(".embed") else 0
 
 
 def _group_name(lr: float, weight_decay: float, schedule: str | None) -> str:
@@ -315,15 +377,12 @@ def _groups(trainable: list[PlannedParameter]) -> Iterator[PlannedGroup]:
         )
 
 
-def _frontier(tower: str, trainable: list[PlannedParameter]) -> str | None:
-    """The first part of the tower, in the order of a forward pass, in which something trains."""
-    for part in TOWER_PARTS:
-        here = [parameter for parameter in trainable if parameter.role == f"{tower}.{part}"]
-        if here and part == "blocks":
-            return f"{tower}.blocks[{min(p.block for p in here if p.block is not None)}]"
-        if here:
-            return f"{tower}.{part}"
-    return None
+def _plain(said: dict[str, Any]) -> dict[str, Any]:
+    """Settings as the plan holds them: an action is a table of what the rule says."""
+    return {
+        name: value.model_dump(mode="json", exclude_defaults=True) if isinstance(value, Action) else value
+        for name, value in said.items()
+    }
 
 
 def _estimate(parameters: tuple[PlannedParameter, ...], policy: Policy) -> Estimate:

@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from clipfreeze.errors import PlanError
-from clipfreeze.plan.value import Plan
+from clipfreeze.plan.value import Plan, PlannedParameter
 
-COMPARED = ("trainable", "lr", "weight_decay", "schedule", "init", "clamp", "l2sp", "dropout")
+COMPARED = ("shape", "trainable", "lr", "weight_decay", "schedule", "init", "clamp", "l2sp", "dropout")
 
 Settings = dict[str, tuple[Any, Any]]
 """What differs: setting -> (one, other); null where one does not say it."""
@@ -39,12 +39,14 @@ class PlanDifference(BaseModel):
 
 def compare_plans(one: Plan, other: Plan) -> PlanDifference:
     """The differences, parameters in the model's order. Raises PlanError when the plans are for different models."""
-    if [(p.name, p.shape) for p in one.parameters] != [(p.name, p.shape) for p in other.parameters]:
+    left, right = ({p.name: p for p in plan.parameters} for plan in (one, other))
+    own, others = ([(p.name, p.shape) for p in plan.parameters if p.origin == "model"] for plan in (one, other))
+    if own != others:
         raise PlanError(f"the plans are for different models: {one.model.name} and {other.model.name}")
     parameters = (
-        ParameterDifference(name=left.name, role=left.role, block=left.block, settings=settings)
-        for left, right in zip(one.parameters, other.parameters, strict=True)
-        if (settings := _differing({s: getattr(left, s) for s in COMPARED}, {s: getattr(right, s) for s in COMPARED}))
+        ParameterDifference(name=name, role=of.role, block=of.block, settings=settings)
+        for name, of in (left | right).items()
+        if (settings := _differing(_treatment(left.get(name)), _treatment(right.get(name))))
     )
     return PlanDifference(
         parameters=tuple(parameters),
@@ -54,6 +56,11 @@ def compare_plans(one: Plan, other: Plan) -> PlanDifference:
         ),
         schedule=_differing(one.schedule.model_dump(), other.schedule.model_dump()),
     )
+
+
+def _treatment(parameter: PlannedParameter | None) -> dict[str, Any]:
+    """Nothing of what one plan adds and the other does not."""
+    return {} if parameter is None else {setting: getattr(parameter, setting) for setting in COMPARED}
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> Settings:

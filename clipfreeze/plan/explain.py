@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from clipfreeze.anatomy.parts import Anatomy
 from clipfreeze.errors import PlanError, Problem
+from clipfreeze.plan.additions import extended
 from clipfreeze.plan.match import Matcher
 from clipfreeze.plan.value import Plan, PlannedParameter
 from clipfreeze.policy.patterns import PatternError
@@ -14,9 +15,9 @@ def explain_parameters(plan: Plan, anatomy: Anatomy, pattern: str) -> tuple[Plan
 
     Raises PlanError, with the nearest right thing, when it takes none.
     """
-    matcher = Matcher(anatomy)
+    matcher = Matcher(extended(anatomy, plan.sites))
     try:
-        taken = matcher.select(pattern)
+        taken = {index for index, _ in matcher.addresses(pattern)}
     except PatternError as error:
         raise PlanError(Problem(str(error), error.fix)) from None
     if not taken:

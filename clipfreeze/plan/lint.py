@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from clipfreeze.anatomy.parts import Anatomy
+from clipfreeze.anatomy.parts import TOWERS, Anatomy
 from clipfreeze.plan.value import Plan
 
 HIGHEST_TOWER_LR = 1e-4
@@ -24,6 +24,7 @@ def lint_warnings(plan: Plan, anatomy: Anatomy) -> Iterator[str]:
     yield from _unreached(plan)
     yield from _dear_embeddings(plan, anatomy)
     yield from _fixed(plan)
+    yield from _without_lora(plan)
 
 
 def _loose_numbers(plan: Plan) -> Iterator[str]:
@@ -75,3 +76,17 @@ def _fixed(plan: Plan) -> Iterator[str]:
         asked = any(claim.setting == "train" and claim.value and claim.wins for claim in parameter.claims)
         if parameter.fixed and asked:
             yield f"{parameter.name} stays as it is: the model itself never trains it"
+
+
+def _without_lora(plan: Plan) -> Iterator[str]:
+    """Targets that one of the towers a rule matched does not have."""
+    towers = {site.tower for site in plan.sites if site.kind == "lora"}
+    for report in plan.rules:
+        if "lora" not in report.says or not report.active or not report.matched:
+            continue
+        spec = report.says["lora"]
+        assert isinstance(spec, dict)
+        for tower in TOWERS:
+            if tower not in towers and any(tower in pattern for pattern in report.match):
+                targets = ", ".join(spec.get("targets") or ())
+                yield f"{report.source}: the {tower} tower has no {targets} in its blocks: no LoRA there"

@@ -9,12 +9,20 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 
 from clipfreeze.anatomy.parts import ROLES, SLOTS, TAGS, TOWER_PARTS, TOWERS, Anatomy
+from clipfreeze.anatomy.slots import QKV
 from clipfreeze.errors import Problem, did_you_mean, nearest
+from clipfreeze.policy.actions import ACTIONS
 from clipfreeze.policy.loading import Policy
 from clipfreeze.policy.patterns import NamePattern, PatternError, RolePattern, Slice, parse_pattern
 
-ROLE_WORDS = (*TOWERS, *TOWER_PARTS, *(role for role in ROLES if "." not in role), "stages", *TAGS, *SLOTS, "qkv")
+ROLE_WORDS = (
+    *(*TOWERS, *TOWER_PARTS, *(role for role in ROLES if "." not in role), "stages", *TAGS, *SLOTS, "qkv"),
+    *ACTIONS,
+)
 """What may stand after @ and between its dots; each word narrows the set."""
+
+Address = tuple[int, str | None]
+"""A parameter by its index, and which of its slots; None for the whole."""
 
 
 def read_pattern(pattern: str) -> list[RolePattern | NamePattern]:
@@ -49,6 +57,23 @@ class Matcher:
             self._answers[pattern, lenient] = frozenset().union(*(self._one(part, lenient) for part in alternatives))
         return self._answers[pattern, lenient]
 
+    def addresses(self, pattern: str, *, lenient: bool = False) -> frozenset[Address]:
+        """As `select`, for what is put beside a product: `.attn.q` of a fused weight is its q alone."""
+        taken: set[Address] = set()
+        for part in read_pattern(pattern):
+            if isinstance(part, NamePattern):
+                taken.update((index, None) for index in self._globs(part, lenient))
+                continue
+            thirds = {word for word, _ in part.words} & set(QKV)
+            for index in self._roles(part, lenient, fused=True):
+                fused = thirds if len(self._anatomy.parameters[index].slots) > 1 else ()
+                taken.update([(index, slot) for slot in fused] or [(index, None)])
+        return frozenset(taken)
+
+    def slots(self, index: int) -> tuple[str, ...]:
+        """The products that a parameter carries."""
+        return self._anatomy.parameters[index].slots
+
     def is_empty_by_count(self, pattern: str) -> bool:
         """Whether the pattern says itself that it takes nothing: a slice such as `[-0:]`."""
         return any(
@@ -60,6 +85,8 @@ class Matcher:
     def nearest_right(self, pattern: str) -> str:
         """What to write in place of a pattern that takes nothing."""
         if pattern.startswith("@"):
+            if added := [word for word in ACTIONS if re.search(rf"[@.]{word}\b", pattern)]:
+                return f"no rule of this policy adds {added[0]} there"
             return f"this model has nothing there: `clipfreeze roles {self._anatomy.model}` lists what it has"
         if re.search(r"[\\^$]", pattern):
             plain = re.sub(r"[\\^$]", "", pattern)
@@ -82,12 +109,17 @@ class Matcher:
             return ": * is any text, ? one character, {a,b} either"
 
     @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(index for index, parameter in enumerate(self._anatomy.parameters) if parameter.role in ACTIONS)
+
+    @cached_property
     def _by_word(self) -> dict[str, frozenset[int]]:
         found: dict[str, set[int]] = defaultdict(set)
         for index, parameter in enumerate(self._anatomy.parameters):
-            for word in (*parameter.role.split("."), *parameter.tags, *parameter.slots):
+            place = parameter.place.split(".")
+            for word in {parameter.role, *parameter.role.split("."), *place, *parameter.tags, *parameter.slots}:
                 found[word].add(index)
-            if set(parameter.slots) & {"q", "k", "v"}:
+            if set(parameter.slots) & set(QKV):
                 found["qkv"].add(index)
             if parameter.stage is not None:
                 found["stages"].add(index)
@@ -126,17 +158,22 @@ class Matcher:
     def _one(self, pattern: RolePattern | NamePattern, lenient: bool) -> Iterable[int]:
         return self._roles(pattern, lenient) if isinstance(pattern, RolePattern) else self._globs(pattern, lenient)
 
-    def _roles(self, pattern: RolePattern, lenient: bool) -> frozenset[int]:
+    def _roles(self, pattern: RolePattern, lenient: bool, *, fused: bool = False) -> frozenset[int]:
+        """What a role takes. Of what policies add only if it says so: `@vision` is the tower, not the LoRA in it."""
         taken = frozenset(range(len(self._anatomy.parameters)))
+        if not any(word in ACTIONS for word, _ in pattern.words):
+            taken -= self._added
         for word, cut in pattern.words:
             taken &= self._by_word.get(word, frozenset())
             if cut is not None:
                 taken = self._cut(pattern, word, cut, taken, lenient)
-            if word in ("q", "k", "v") and (fused := [i for i in taken if len(self._anatomy.parameters[i].slots) > 1]):
-                name = self._anatomy.parameters[min(fused)].name
+            if fused or word not in QKV:
+                continue
+            if together := [i for i in taken if len(self._anatomy.parameters[i].slots) > 1]:
+                name = self._anatomy.parameters[min(together)].name
                 raise PatternError(
                     f"@{_shown(pattern)}: {word} is a third of the fused {name}, which freezes or trains as a whole",
-                    "write .attn.qkv for the whole",
+                    "write .attn.qkv for the whole; lora alone can take one of them",
                 )
         return taken
 

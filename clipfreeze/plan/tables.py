@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -9,6 +10,7 @@ from tabulate import tabulate
 
 from clipfreeze.anatomy.parts import SLOTS, TAGS, TOWER_PARTS, TOWERS, Anatomy, Parameter
 from clipfreeze.plan.diff import ParameterDifference, PlanDifference, Settings
+from clipfreeze.plan.sites import Site
 from clipfreeze.plan.value import Plan, PlannedParameter, RuleReport
 from clipfreeze.policy.knobs import as_text
 
@@ -21,11 +23,16 @@ def plan_table(plan: Plan) -> str:
     share = 100 * totals.trainable / totals.parameters
     lines = [
         f"{plan.policy.name} on {plan.model.name} ({plan.model.family}): "
-        f"{totals.trainable:,} of {totals.parameters:,} parameters train ({share:.3g} %)",
+        f"{totals.trainable:,} of {totals.parameters:,} parameters train ({share:.3g} %)"
+        + (f", {totals.injected:,} of them added" if totals.injected else ""),
         f"policy  {' + '.join(plan.policy.sources)}" + _knobs(plan.policy.params),
         "",
-        grid(_part_rows(plan.parameters), ("part", "tensors", "parameters", "trains", "lr", "weight decay", "also")),
+        grid(
+            _part_rows(p for p in plan.parameters if p.origin == "model"),
+            ("part", "tensors", "parameters", "trains", "lr", "weight decay", "also"),
+        ),
         "",
+        *_added(plan),
         grid(map(_rule_row, plan.rules), ("rule", "matches", "says", "matched", "decided")),
         "",
         grid(
@@ -121,6 +128,40 @@ def _part_rows(parameters: Iterable[PlannedParameter]) -> Iterator[tuple[Any, ..
         yield (name, len(members), f"{sum(p.size for p in members):,}", *_state(members))
 
 
+def _added(plan: Plan) -> Iterator[str]:
+    """What the plan adds: equal sites in neighbouring blocks share a row."""
+    if not plan.sites:
+        return
+    planned = {parameter.name: parameter for parameter in plan.parameters}
+    runs: dict[tuple[Any, ...], list[list[Site]]] = {}
+    for site in plan.sites:
+        label = re.split(r"\.\d+\.", site.path)[-1].split(".")
+        label = [step for step in label if step != site.kind] or [site.of]
+        shapes = ", ".join(f"{of.name} {of.shape}" for of in site.added)
+        of = [planned[name] for name in site.names]
+        alike = (site.kind, ".".join(label), site.tower, shapes, *_state(of)[:3])
+        here = runs.setdefault(alike, [])
+        if here and site.block is not None and here[-1][-1].block == site.block - 1:
+            here[-1].append(site)
+        else:
+            here.append([site])
+    rows = []
+    for (kind, label, tower, shapes, trains, lr, weight_decay), several in runs.items():
+        for sites in several:
+            blocks = [site.block for site in sites if site.block is not None]
+            at = f"{tower}.blocks{_span(blocks)}" if blocks else tower or ""
+            size = sum(planned[name].size for site in sites for name in site.names)
+            names = sum(len(site.names) for site in sites)
+            state = (lr, weight_decay) if trains != "frozen" else ("frozen", "")
+            rows.append((f"+ {kind} {label}", at, shapes, names, f"{size:,}", *state))
+    yield grid(rows, ("added", "at", "shapes", "tensors", "parameters", "lr", "weight decay"))
+    yield ""
+
+
+def _span(blocks: Sequence[int]) -> str:
+    return f"[{blocks[0]}]" if len(blocks) == 1 else f"[{blocks[0]}:{blocks[-1] + 1}]"
+
+
 def _folded(items: Iterable[Placed], treatment: Callable[[list[Placed]], Any]) -> Iterator[tuple[str, list[Placed]]]:
     """Parts in the order of a forward pass with their members; neighbouring blocks that are treated alike are one."""
     parts: dict[tuple[str, int | None], list[Placed]] = {}
@@ -136,8 +177,7 @@ def _folded(items: Iterable[Placed], treatment: Callable[[list[Placed]], Any]) -
         else:
             runs.append((treated, role, [] if block is None else [block], list(members)))
     for _, role, blocks, members in runs:
-        span = "" if not blocks else f"[{blocks[0]}]" if len(blocks) == 1 else f"[{blocks[0]}:{blocks[-1] + 1}]"
-        yield role + span, members
+        yield role + (_span(blocks) if blocks else ""), members
 
 
 def _forward_order(item: PlannedParameter | ParameterDifference | Parameter) -> tuple[int, int, int]:
@@ -192,16 +232,18 @@ def _rule_row(report: RuleReport) -> tuple[Any, ...]:
     return report.source, _short(report.match), says, report.matched, report.decided
 
 
-def _short(patterns: Sequence[str]) -> str:
-    shown = ", ".join(patterns[:3])
-    return shown if len(patterns) <= 3 else f"{shown}, and {len(patterns) - 3} more"
+def _short(words: Sequence[str]) -> str:
+    shown = ", ".join(words[:3])
+    return shown if len(words) <= 3 else f"{shown}, and {len(words) - 3} more"
 
 
 def _word(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, (tuple, list)):
-        return "[" + ", ".join(map(_word, value)) + "]"
+        return f"[{_short(list(map(_word, value)))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} {_word(of)}" for name, of in value.items()) + "}"
     return f"{value:g}" if isinstance(value, float) else as_text(value)
 
 

@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from clipfreeze.plan.sites import Site
 from clipfreeze.policy.schema import Optimizer, Schedule
 
-Value = bool | int | float | str | tuple[float, float]
+Value = bool | int | float | str | tuple[float, float] | dict[str, Any]
+"""Of a setting; an action's is the table of what its rule says."""
 
 
 class _Value(BaseModel):
@@ -34,7 +36,7 @@ class PlannedParameter(_Value):
     dtype: str
     role: str
     block: int | None = Field(None, description="index of its block in its tower, from 0")
-    origin: Literal["model"] = "model"
+    origin: Literal["model", "lora", "adapter", "prompt", "head"] = "model"
     trainable: bool
     fixed: bool = Field(False, description="the model itself never trains it")
     lr: float | None = None
@@ -89,7 +91,7 @@ class ModelFacts(_Value):
 
 
 class Totals(_Value):
-    """Numbers of elements. `fixed` ones are among the frozen."""
+    """Numbers of elements. `fixed` ones are among the frozen, `injected` ones are what the policy adds."""
 
     parameters: int
     trainable: int
@@ -111,7 +113,8 @@ class Plan(_Value):
     policy: PolicyFacts
     model: ModelFacts
     totals: Totals
-    parameters: tuple[PlannedParameter, ...]
+    parameters: tuple[PlannedParameter, ...] = Field(description="the model's, then those that are added")
+    sites: tuple[Site, ...] = Field((), description="where something is added to the model, in order")
     groups: tuple[PlannedGroup, ...]
     optimizer: Optimizer
     schedule: Schedule

@@ -13,7 +13,7 @@ from clipfreeze.errors import did_you_mean
 from clipfreeze.policy.schema import Knob
 
 KnobValue = bool | int | float | str
-_REFERENCE = re.compile(r"\{([^{},]*)\}")  # {a,b} with a comma is a brace glob
+_REFERENCE = re.compile(r"\{([^{},]+)\}")  # {a,b} with a comma is a brace glob, {} the class in a caption
 _SWITCH = re.compile(r"(?P<negated>not\s+)?\{(?P<knob>\w+)\}")
 _COMPARISON = re.compile(r"\{(?P<knob>\w+)\}\s*(?P<operator>==|!=)\s*(?P<value>.+)")
 

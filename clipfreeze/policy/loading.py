@@ -12,6 +12,8 @@ import tomli
 from pydantic import BaseModel, ValidationError
 
 from clipfreeze.errors import PolicyError, Problem, did_you_mean
+from clipfreeze.policy.actions import ACTIONS
+from clipfreeze.policy.classes import CLASS_WORDS, read_classes
 from clipfreeze.policy.knobs import KnobError, KnobValue, as_text, is_on, knob_values, references, substitute
 from clipfreeze.policy.lines import Where, key_lines, line_of
 from clipfreeze.policy.schema import SETTINGS, Knob, Optimizer, PolicyFile, Rule, Schedule
@@ -207,6 +209,7 @@ def _read(documents: list[_Document], given: Mapping[str, Any]) -> Policy:
         except ValidationError as error:
             problems.extend(_explained(document, data, error, told=set(faults)))
     problems.extend(_unread_knobs(documents, knobs))
+    files = [(document, _with_classes(document, file, active, problems)) for document, file in files]
     problems.extend(
         document.problem(
             ("rule", number), "this rule says nothing of what it matches", "write freeze, train or lr in it"
@@ -361,6 +364,32 @@ def _with_knobs(
     return data, faults
 
 
+def _with_classes(
+    document: _Document, file: PolicyFile, active: Mapping[tuple[Path, int], bool], problems: list[Problem]
+) -> PolicyFile:
+    """The file with the classes that its rules read from other files put in.
+
+    A path in the policy counts from the policy's folder, one that a knob brings from the user's.
+    """
+    rules = []
+    for number, rule in enumerate(file.rule):
+        for name in ("prompt", "head"):
+            action = getattr(rule, name)
+            said = action and action.classes
+            if not isinstance(said, str) or said in CLASS_WORDS or not active[document.path, number]:
+                continue
+            raw = document.data["rule"][number][name]
+            folder = Path() if references(raw["classes"]) else document.path.parent
+            try:
+                action = action.model_copy(update={"classes": read_classes(folder / said)})
+                rule = rule.model_copy(update={name: action})  # noqa: PLW2901 - with what it said put in
+            except ValueError as error:
+                fix = 'write a file of one name a line, a list of names, "imagenet" or "data"'
+                problems.append(document.problem(("rule", number, name), f"classes: {error}", fix))
+        rules.append(rule)
+    return file.model_copy(update={"rule": tuple(rules)})
+
+
 def _unread_knobs(documents: list[_Document], knobs: Mapping[str, Knob]) -> Iterator[Problem]:
     read = references(
         [document.data.get(key) for document in documents for key in ("rule", "optimizer", "schedule", "default")]
@@ -443,7 +472,9 @@ def _existing(data: Any, where: Where) -> Where:
 
 
 def _keys_at(where: Where, model: type[BaseModel]) -> list[str]:
-    return list((Rule if where[0] == "rule" and len(where) > 1 else model).model_fields)
+    if where[0] == "rule" and len(where) > 1:
+        model = ACTIONS[str(where[2])] if len(where) > 3 else Rule
+    return list(model.model_fields)
 
 
 def _unknown_key(document: _Document, where: Where, known: list[str]) -> Problem:

@@ -7,6 +7,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
+from clipfreeze.policy.actions import (
+    ACTIONS,
+    Action,
+    Adapter,
+    Head,
+    Lora,
+    NotNegative,
+    Positive,
+    Prompt,
+    Share,
+    Spec,
+    Texts,
+    listed,
+)
 from clipfreeze.policy.span import Span, parse_span
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -15,42 +29,22 @@ SCHEDULES = ("cosine", "linear", "constant")
 _NORMAL = re.compile(r"normal\((\d+(\.\d+)?(e-?\d+)?)\)")
 
 
-def _listed(value: Any) -> Any:
-    """One pattern is a list of one; a TOML array is a tuple."""
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _checked_warmup(value: Any) -> Any:
     parse_span(value)
     return value
 
 
-_TEXT = {"type": "string", "minLength": 1}
-Patterns = Annotated[
-    tuple[Annotated[str, Field(min_length=1)], ...],
-    BeforeValidator(_listed),
-    WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]}),
-]
+Patterns = Texts
 _KNOB = {"type": "string", "pattern": r"^\{\w+\}$", "description": "a knob"}
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Range = Annotated[
     tuple[Finite, Finite],
-    BeforeValidator(_listed),
+    BeforeValidator(listed),
     WithJsonSchema(
         {"type": "array", "items": {"anyOf": [{"type": "number"}, _KNOB]}, "minItems": 2, "maxItems": 2},
     ),
 ]
 Warmup = Annotated[int | str, BeforeValidator(_checked_warmup)]
-
-
-class Spec(BaseModel):
-    """Common ground: frozen, strict types, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
 class Knob(Spec):
@@ -61,7 +55,7 @@ class Knob(Spec):
     )
     min: int | float | None = Field(None, description="smallest number allowed")
     max: int | float | None = Field(None, description="largest number allowed")
-    choices: Annotated[tuple[bool | int | float | str, ...], BeforeValidator(_listed)] | None = Field(
+    choices: Annotated[tuple[bool | int | float | str, ...], BeforeValidator(listed)] | None = Field(
         None, description="the words allowed; with min or max, a number in their bounds is allowed too"
     )
     help: str | None = Field(None, description="one line for the user")
@@ -88,9 +82,11 @@ class Settings(Spec):
     l2sp: NotNegative | None = Field(
         None, description="pull towards the start values: adds l2sp * |w - w0|^2 to the loss (arXiv 1802.01483)"
     )
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="on the input of a projection while training"
-    )
+    dropout: Share | None = Field(None, description="on the input of a projection while training")
+    lora: Lora | None = Field(None, description="low-rank factors beside the products that matched")
+    adapter: Adapter | None = Field(None, description="bottlenecks in the blocks that matched, or behind their tower")
+    prompt: Prompt | None = Field(None, description="learnable vectors among the tokens of the tower that matched")
+    head: Head | None = Field(None, description="a classifier on the image features")
 
     @field_validator("init")
     @classmethod
@@ -121,7 +117,7 @@ class Settings(Spec):
 
 
 SETTINGS = tuple(Settings.model_fields)
-TRAINING_SETTINGS = tuple(name for name in SETTINGS if name not in ("freeze", "train", "init"))
+TRAINING_SETTINGS = tuple(name for name in SETTINGS if name not in ("freeze", "train", "init", *ACTIONS))
 """Settings that mean something only where the parameter trains."""
 
 
@@ -185,7 +181,7 @@ class PolicyFile(Spec):
     default: Literal["freeze", "train"] | None = Field(None, description="what a parameter is when no rule speaks")
     extends: str | Patterns | None = Field(None, description="policies to build on, by name or path: their rules first")
     params: dict[str, Knob] = Field({}, description="knobs")
-    rule: Annotated[tuple[Rule, ...], BeforeValidator(_listed)] = Field((), description="in order; later ones win")
+    rule: Annotated[tuple[Rule, ...], BeforeValidator(listed)] = Field((), description="in order; later ones win")
     optimizer: Optimizer | None = None
     schedule: Schedule | None = None
 
@@ -193,7 +189,7 @@ class PolicyFile(Spec):
 def policy_schema() -> dict[str, Any]:
     """The JSON schema of a policy file for editors: any setting may be a knob in braces."""
     schema = PolicyFile.model_json_schema()
-    for model in ("Rule", "Optimizer", "Schedule"):
+    for model in ("Rule", "Optimizer", "Schedule", *(action.__name__ for action in ACTIONS.values())):
         properties = schema["$defs"][model]["properties"]
         for name, setting in properties.items():
             if name not in ("match", "exclude", "when", "optional"):

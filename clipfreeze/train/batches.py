@@ -21,7 +21,7 @@ from clipfreeze.train.pictures import open_image
 
 Transform = Callable[[Image.Image], Tensor]
 Batch = dict[str, Tensor]
-"""image: (B, 3, H, W), text: (B, L) token ids, concepts: (B,) equal where pairs say the same."""
+"""image: (B, 3, H, W); text: (B, L) token ids and concepts: (B,) equal where pairs say the same; label: (B,) classes."""
 
 
 class Draw(NamedTuple):
@@ -119,10 +119,10 @@ class Tokenizer:
 
 
 class Collate:
-    """Samples to a batch; the first broken sample to its error."""
+    """Samples to a batch; the first broken sample to its error. Text needs a tokenizer; labels are given if asked for."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer | None, labels: bool = False) -> None:
+        self.tokenizer, self.labels = tokenizer, labels
 
     def __call__(self, samples: list[Sample | DataError]) -> Batch | DataError:
         good: list[Sample] = []
@@ -130,22 +130,31 @@ class Collate:
             if isinstance(sample, DataError):
                 return sample
             good.append(sample)
-        try:
-            text = self.tokenizer([sample.caption for sample in good])
-        except DataError as error:
-            return error
-        return {
-            "image": torch.stack([sample.image for sample in good]),
-            "text": text,
-            "concepts": torch.tensor([_concept(s.label, ids) for s, ids in zip(good, text, strict=True)]),
-        }
+        batch = {"image": torch.stack([sample.image for sample in good])}
+        if self.tokenizer is not None:
+            try:
+                batch["text"] = text = self.tokenizer([sample.caption for sample in good])
+            except DataError as error:
+                return error
+            batch["concepts"] = torch.tensor([_concept(s.label, ids) for s, ids in zip(good, text, strict=True)])
+        if self.labels:
+            batch["label"] = torch.tensor([sample.label for sample in good])
+        return batch
 
 
 def training_loader(
-    pairs: PairSet, transform: Transform, tokenizer: Tokenizer, *, batch_size: int, seed: int, num_workers: int
+    pairs: PairSet,
+    transform: Transform,
+    tokenizer: Tokenizer | None,
+    *,
+    batch_size: int,
+    seed: int,
+    num_workers: int,
+    labels: bool = False,
 ) -> DataLoader[Any]:
     """Batches of exactly `batch_size`: what is left over at the end of an epoch is dropped, so that each step has the
-    same number of negatives. DataError when the data do not fill one batch."""
+    same number of negatives. Without a tokenizer they hold no text; `labels` asks for the pairs' labels. DataError when
+    the data do not fill one batch."""
     if batch_size < 2:
         raise DataError(f"a batch of {batch_size} has nothing to tell apart", "--batch-size 2 or more")
     if len(pairs) < batch_size:
@@ -156,7 +165,7 @@ def training_loader(
         batch_size,
         sampler=Shuffled(len(pairs), seed),
         drop_last=True,
-        collate_fn=Collate(tokenizer),
+        collate_fn=Collate(tokenizer, labels),
         **_worker_settings(num_workers),
     )
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from clipfreeze.errors import DataError, RunError
+from clipfreeze.inject.head import ClassHead
+from clipfreeze.inject.modes import evaluating
 from clipfreeze.train.batches import Tokenizer, Transform, picture_loader, unbroken
 from clipfreeze.train.pairs import PairSet
 
@@ -31,7 +32,7 @@ class Score:
 class Metrics:
     """What a model does on a set: scores by name, over so many images and as many classes or captions."""
 
-    kind: str  # "zero-shot" or "retrieval"
+    kind: str  # "zero-shot", "retrieval", "prompt" (zero-shot or retrieval with a learned prompt) or "head"
     images: int
     texts: int
     scores: dict[str, Score]
@@ -58,7 +59,7 @@ def measure(encoder: Encoder, pairs: PairSet) -> Metrics:
     """Zero-shot classification where the set has classes, retrieval otherwise. The model's modes are as before."""
     if not pairs.pairs:
         raise DataError(f"{pairs.name} is empty: nothing to evaluate on")
-    with torch.no_grad(), _evaluating(encoder.model):
+    with torch.no_grad(), evaluating(encoder.model):
         return zero_shot(encoder, pairs) if pairs.class_names else retrieval(encoder, pairs)
 
 
@@ -73,11 +74,23 @@ def zero_shot(encoder: Encoder, pairs: PairSet) -> Metrics:
     )
     _finite([classes])
     logits = encoder.model.logit_scale.exp() * image_features(encoder, pairs) @ classes
+    return _classified("zero-shot", logits, pairs)
+
+
+def by_head(encoder: Encoder, pairs: PairSet, head: ClassHead) -> Metrics:
+    """As zero_shot, the logits being the head's for the set's class names, all of which it must know."""
+    columns = [head.classes.index(name) for name in pairs.class_names]
+    with torch.no_grad(), evaluating(encoder.model):
+        return _classified("head", _finite([head(image_features(encoder, pairs))])[:, columns], pairs)
+
+
+def _classified(kind: str, logits: Tensor, pairs: PairSet) -> Metrics:
+    """logits: (N, classes)."""
     labels = torch.tensor([pair.label for pair in pairs], device=logits.device)
     right = nn.functional.one_hot(labels, len(pairs.class_names)).bool()
     scores = {f"top{k}": _share(recall_at(logits, right, k)) for k in (1, 5)}
     scores["nll"] = _mean(nn.functional.cross_entropy(logits.double(), labels, reduction="none"))
-    return Metrics("zero-shot", len(pairs), len(pairs.class_names), scores)
+    return Metrics(kind, len(pairs), len(pairs.class_names), scores)
 
 
 def retrieval(encoder: Encoder, pairs: PairSet) -> Metrics:
@@ -147,17 +160,6 @@ def recall_at(scores: Tensor, right: Tensor, k: int) -> Tensor:
         chance = torch.where(left > 0, (wrong_level - drawn).clamp(min=0) / left.clamp(min=1), 0.0)
         missed = torch.where(above <= place, missed * chance, missed)
     return 1 - missed
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _share(hits: Tensor) -> Score:

@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from clipfreeze.changes import PLAN, WEIGHTS, whole_file
+from clipfreeze.stored import PLAN, WEIGHTS, whole_file
 from clipfreeze.errors import DataError, RunError
 
 METRICS = "metrics.jsonl"

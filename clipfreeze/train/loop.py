@@ -21,11 +21,12 @@ from tqdm import tqdm
 
 from clipfreeze.errors import DataError, InterruptedRunError, RunError
 from clipfreeze.train.batches import Batch, Tokenizer, Transform, training_loader, unbroken
-from clipfreeze.train.evaluate import Encoder, Metrics, measure
+from clipfreeze.train.evaluate import Encoder, Metrics
 from clipfreeze.train.folder import METRICS, RESULTS, append_json, check_room, write_text
-from clipfreeze.train.objective import Contrastive, clip_loss
+from clipfreeze.train.objective import training_module
 from clipfreeze.train.pairs import PairSet
 from clipfreeze.train.sources import read_data
+from clipfreeze.train.tuned import for_training, measure_tuned, measure_untuned, unknown_notes
 
 if TYPE_CHECKING:
     from clipfreeze.changes import Applied
@@ -77,6 +78,8 @@ def fit(
     `transform` serves evaluation, and training too unless `train_transform` is given. The same seed gives the same
     weights, bit for bit on one CPU, whatever `num_workers`. `folder` receives plan and weights after every epoch,
     metrics.jsonl line by line and results.json at the end. The model is left in eval mode.
+
+    A plan with a head trains on the labels of its classes. Before is the model without what the plan adds.
     """
     if epochs < 1:
         raise DataError(f"{epochs} epochs train nothing", "--epochs 1 or more")
@@ -88,8 +91,15 @@ def fit(
         )
     model: Any = applied.model
     tokens = Tokenizer(tokenizer, model)
+    tuning = training_module(applied)
     loader: Any = training_loader(
-        train, train_transform or transform, tokens, batch_size=batch_size, seed=seed, num_workers=num_workers
+        for_training(train, applied.plan.sites),
+        train_transform or transform,
+        tokens if tuning.reads_texts else None,
+        batch_size=batch_size,
+        seed=seed,
+        num_workers=num_workers,
+        labels=tuning.reads_labels,
     )
     if folder is not None:  # twice the weights: the new file is whole before the old one goes
         check_room(folder, 2 * sum(p.numel() * p.element_size() for p in applied.trainable().values()) + 10**6)
@@ -97,15 +107,16 @@ def fit(
     accelerator: Any = make_accelerator()
     set_seed(seed)
     optimizer = applied.optimizer()
-    module, prepared, loader = accelerator.prepare(Contrastive(model), optimizer, loader)
+    module, prepared, loader = accelerator.prepare(tuning, optimizer, loader)
     scheduler = applied.scheduler(optimizer, epochs * len(loader), len(loader))  # last: prepare makes new group dicts
     encoder = Encoder(model, tokens, transform, num_workers=num_workers)
-    before = {name: measure(encoder, pairs) for name, pairs in sets.items()}
+    before = {name: measure_untuned(encoder, pairs, applied) for name, pairs in sets.items()}
 
     set_seed(seed)
     module.train()
     training = _Training(applied, accelerator, module, prepared, scheduler, loader, folder)
     training.tell(_warmup_notes(applied, epochs, len(loader)))
+    training.tell([note for name, pairs in sets.items() for note in unknown_notes(name, pairs, applied.plan.sites)])
     started = time.monotonic()
     epoch = 0
     try:
@@ -120,7 +131,7 @@ def fit(
     seconds = time.monotonic() - started
     module.eval()
 
-    after = {name: measure(encoder, pairs) for name, pairs in sets.items()}
+    after = {name: measure_tuned(encoder, pairs, applied) for name, pairs in sets.items()}
     training.tell(_collapse_notes(module, loss, batch_size) + _decline_notes(before, after))
     result = Result(before, after, training.step, seconds, loss, tuple(training.notes), folder)
     if folder is not None:
@@ -227,11 +238,11 @@ def _warmup_notes(applied: Applied, epochs: int, steps_per_epoch: int) -> list[s
 
 
 def _collapse_notes(module: Any, loss: float, batch_size: int) -> list[str]:
-    chance = math.log(batch_size)
-    if module.objective is not clip_loss or abs(loss - chance) > 0.01 * chance:
+    chance = module.by_guessing(batch_size)
+    if chance is None or abs(loss - chance) > 0.01 * chance:
         return []
     return [
-        f"the loss stayed at {loss:.3f}, ln of the batch size, which is what guessing gives: "
+        f"the loss stayed at {loss:.3f}, which is what guessing gives: "
         "features collapsed, captions all equal, or too small an lr"
     ]
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from clipfreeze import changes, models
 from clipfreeze.plan.value import Plan
 from clipfreeze.train.batches import Tokenizer
+from clipfreeze.train.classes import text_prompt_in
 from clipfreeze.train.folder import empty_folder
 from clipfreeze.train.loop import gradient_notes
-from clipfreeze.train.objective import Contrastive
+from clipfreeze.train.objective import Classification, Contrastive, training_module
 
 _CAPTIONS = ["a photo of a cat", "a diagram"]
 
@@ -27,11 +27,11 @@ def build_and_prove(plan: Plan, model: str, pretrained: str | None, out: Path) -
         torch.manual_seed(0)
         loaded = models.load(model, pretrained)
         yield from loaded.notes
-        applied = changes.apply(plan, loaded.model)
+        applied = changes.apply(plan, loaded.model, tokenizer=loaded.tokenizer)
         optimizer = applied.optimizer()
         yield f"{len(optimizer.param_groups)} param groups hold each of {len(plan.trainable)} tensors once"
-        module = Contrastive(loaded.model).train()
-        loss = module(*_batch(loaded))
+        module = training_module(applied).train()
+        loss = module(**_batch(loaded, module, plan))
         loss.backward()
         yield f"one forward and backward: loss {loss.item():.4f} on two random images"
         yield from gradient_notes(applied)
@@ -42,10 +42,16 @@ def build_and_prove(plan: Plan, model: str, pretrained: str | None, out: Path) -
             yield "which has the same random weights if it is made right after torch.manual_seed(0)"
 
 
-def _batch(loaded: models.Loaded) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """Images (2, 3, H, W) of noise through the model's own transform, two captions (2, L), concepts (2,)."""
+def _batch(loaded: models.Loaded, module: Contrastive | Classification, plan: Plan) -> dict[str, torch.Tensor]:
+    """Images (2, 3, H, W) of noise through the model's own transform, with what the module reads beside them."""
     from PIL import Image
 
     noise = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    images = torch.stack([loaded.transform(Image.fromarray(picture.numpy())) for picture in noise])
-    return images, Tokenizer(loaded.tokenizer, loaded.model)(_CAPTIONS), torch.arange(2)
+    batch = {"image": torch.stack([loaded.transform(Image.fromarray(picture.numpy())) for picture in noise])}
+    if module.reads_labels:
+        batch["label"] = torch.arange(2)
+    if module.reads_texts:
+        prompt = text_prompt_in(plan.sites)
+        captions = list(prompt.classes[:2]) if prompt and prompt.classes else _CAPTIONS
+        batch |= {"text": Tokenizer(loaded.tokenizer, loaded.model)(captions), "concepts": torch.arange(2)}
+    return batch

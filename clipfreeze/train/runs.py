@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,16 +12,20 @@ import torch
 from accelerate.utils import set_seed
 
 from clipfreeze import changes, demo, models
-from clipfreeze.changes import WEIGHTS
 from clipfreeze.errors import DataError
+from clipfreeze.plan.sites import Site
 from clipfreeze.plan.value import Plan
+from clipfreeze.policy.loading import Policy, load_policy
+from clipfreeze.stored import PLAN, WEIGHTS, read_plan
 from clipfreeze.train.batches import Tokenizer
-from clipfreeze.train.evaluate import Encoder, Metrics, measure
+from clipfreeze.train.classes import asks_for_classes, is_closed, with_classes
+from clipfreeze.train.evaluate import Encoder, Metrics
 from clipfreeze.train.folder import run_folder
 from clipfreeze.train.loop import Result, fit, make_accelerator
 from clipfreeze.train.pairs import PairSet, split_pairs
 from clipfreeze.train.sources import demo_pairs, read_data
 from clipfreeze.train.spec import RunSpec, read_spec, repeatable, write_spec
+from clipfreeze.train.tuned import measure_tuned, unknown_notes
 
 log = logging.getLogger(__name__)
 
@@ -33,17 +38,27 @@ class RunData:
     tests: dict[str, PairSet]
 
 
-def run_data(spec: RunSpec) -> RunData:
-    """The data of a run. The embedded model is also measured on a style it knew, to see what it forgets."""
+def run_data(spec: RunSpec, sites: Sequence[Site] = ()) -> RunData:
+    """The data of a run. The embedded model is also measured on a style it knew, to see what it forgets.
+
+    The embedded pictures' own test split shows concepts that are not in the train split; what knows a set of classes
+    alone is measured on another style's drawings of those it was trained on.
+    """
     forgotten = {"forgotten": demo_pairs(demo.PRETRAIN_STYLES[0], "test")} if spec.model == "demo" else {}
     if spec.data is None:
         if spec.val is not None:
             raise DataError("--val without --data", "give both: the embedded pictures have their own test split")
-        goal = demo_pairs(demo.TARGET_STYLE, "test")
+        goal = demo_pairs(*((demo.CLOSED_STYLE, "train") if is_closed(sites) else (demo.TARGET_STYLE, "test")))
         return RunData(demo_pairs(demo.TARGET_STYLE, "train"), {"target": goal} | forgotten)
     pairs = read_data(spec.data, spec.table)
     train, held_out = (pairs, read_data(spec.val, spec.table)) if spec.val else split_pairs(pairs, seed=spec.seed)
     return RunData(train, {"target": held_out} | forgotten)
+
+
+def run_policy(spec: RunSpec) -> Policy:
+    """The policy of a run, with the classes of the data where it leaves them to those."""
+    policy = load_policy(spec.policy, **spec.params)
+    return with_classes(policy, run_data(spec).train) if asks_for_classes(policy) else policy
 
 
 def train_run(spec: RunSpec, plan: Plan, out: Path | None = None) -> Result:
@@ -51,7 +66,7 @@ def train_run(spec: RunSpec, plan: Plan, out: Path | None = None) -> Result:
 
     Everything a user can get wrong is found before the first step; then no folder is left behind.
     """
-    data = run_data(spec)
+    data = run_data(spec, plan.sites)
     if data.train.ignored:
         log.warning("%d files in %s are no pictures in class folders: left out", data.train.ignored, spec.data)
     with run_folder(out, plan.policy.name) as folder:
@@ -62,7 +77,7 @@ def train_run(spec: RunSpec, plan: Plan, out: Path | None = None) -> Result:
         for note in loaded.notes:
             log.warning(note)
         return fit(
-            changes.apply(plan, loaded.model),
+            changes.apply(plan, loaded.model, tokenizer=loaded.tokenizer),
             data.train,
             data.tests,
             tokenizer=loaded.tokenizer,
@@ -79,16 +94,20 @@ def train_run(spec: RunSpec, plan: Plan, out: Path | None = None) -> Result:
 def eval_run(folder: Path, data: str | None = None) -> dict[str, Metrics]:
     """Measure a trained run again on its own sets, or on `data`, read as the run read its own."""
     spec = read_spec(folder)
-    tests = run_data(spec).tests if data is None else {Path(data).name: read_data(data, spec.table)}
     if not (folder / WEIGHTS).is_file():
         raise DataError(f"the run in {folder} ended before its first epoch was saved", "train again")
+    sites = read_plan(folder / PLAN).sites
+    tests = run_data(spec, sites).tests if data is None else {Path(data).name: read_data(data, spec.table)}
     device = make_accelerator().device
     set_seed(spec.seed)
     loaded = models.load(spec.model, spec.pretrained, device=str(device))
-    changes.load(folder, loaded.model)
+    applied = changes.load(folder, loaded.model)
     tokenizer = Tokenizer(loaded.tokenizer, loaded.model)
     encoder = Encoder(loaded.model, tokenizer, loaded.transform, num_workers=_num_workers(spec, device))
-    return {name: measure(encoder, pairs) for name, pairs in tests.items()}
+    for name, pairs in tests.items():
+        for note in unknown_notes(name, pairs, applied.plan.sites):
+            log.warning(note)
+    return {name: measure_tuned(encoder, pairs, applied) for name, pairs in tests.items()}
 
 
 def _num_workers(spec: RunSpec, device: torch.device) -> int:

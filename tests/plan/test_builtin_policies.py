@@ -77,6 +77,8 @@ TRAINS = [  # policy, knobs, what trains in a ViT CLIP of 3 + 3 blocks
     ("norm_bias", {}, BLOCKS["vision"] | {"vision.embed", "vision.norm"} | BLOCKS["text"]),
     ("norm_bias", {"logit_scale": True}, BLOCKS["vision"] | {"vision.embed", "vision.norm"} | BLOCKS["text"] | SCALE),
     ("logit_scale", {}, SCALE),
+    ("lora", {}, {f"lora[{i}]" for i in range(3)}),
+    ("lora", {"last": 1, "towers": "text", "targets": "fc1,c_proj"}, {"lora[2]"}),
 ]
 
 

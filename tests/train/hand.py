@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,11 +78,15 @@ class ByHand:
     lr: float = 1e-3
     warmup: int | str = 0
     plan: Any = field(init=False)
+    additions: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        self.plan = SimpleNamespace(schedule=Schedule(name="constant", warmup=self.warmup))
+        self.plan = SimpleNamespace(schedule=Schedule(name="constant", warmup=self.warmup), sites=())
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not self.names or name in self.names)
+
+    def disabled(self) -> Any:
+        return nullcontext()
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

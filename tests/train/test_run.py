@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import clipfreeze
-from clipfreeze import models
+from clipfreeze import demo, models
 from clipfreeze.errors import ClipfreezeError, DataError
 from clipfreeze.plan.value import Plan
-from clipfreeze.train.runs import eval_run, run_data, train_run
+from clipfreeze.train.runs import eval_run, run_data, run_policy, train_run
 from clipfreeze.train.spec import RunSpec, read_spec
 
 import tiny
@@ -48,7 +48,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def planned(spec: RunSpec) -> Plan:
-    plan: Plan = clipfreeze.resolve(clipfreeze.load_policy(spec.policy, **spec.params), models.load(spec.model).model)
+    plan: Plan = clipfreeze.resolve(run_policy(spec), models.load(spec.model).model)
     return plan
 
 
@@ -70,6 +70,32 @@ def test_a_run_leaves_a_folder_that_gives_the_same_numbers(
     assert result.after != result.before
     whole = eval_run(tmp_path / "run", str(pictures / source))
     assert [metrics.images for metrics in whole.values()] == [24]
+
+
+@pytest.mark.parametrize(
+    ("source", "policy", "params"),
+    [
+        ("classes", "head", {"classes": "data", "lr": 0.1}),
+        ("classes", "prompt", {"class_specific": True}),
+        ("classes", "prompt", {}),
+        ("pairs.csv", "prompt", {"init": "random"}),
+    ],
+)
+def test_heads_and_prompts_come_back_from_their_folder(
+    tmp_path: Path, tiny_model: str, pictures: Path, source: str, policy: str, params: dict[str, bool | float | str]
+) -> None:
+    spec = RunSpec(policy=policy, params=params, model=tiny_model, data=str(pictures / source), epochs=2, batch_size=4)
+    result = train_run(spec, planned(spec), tmp_path / "run")
+    assert result.after["target"].kind == policy
+    assert result.after["target"].scores != result.before["target"].scores
+    assert eval_run(tmp_path / "run") == result.after
+    assert read_spec(tmp_path / "run").params == params
+
+
+def test_a_head_of_the_data_has_the_names_of_the_class_folders(tiny_model: str, pictures: Path) -> None:
+    spec = RunSpec(policy="head", params={"classes": "data"}, model=tiny_model, data=str(pictures / "classes"))
+    (site,) = planned(spec).sites
+    assert site.classes == tuple(sorted(COLOURS))  # type: ignore[union-attr]
 
 
 def test_the_same_spec_gives_the_same_weights(tmp_path: Path, tiny_model: str, pictures: Path) -> None:
@@ -112,6 +138,16 @@ def test_wrong_input_leaves_nothing(
 def test_the_embedded_data_have_a_goal_and_what_may_be_forgotten() -> None:
     data = run_data(RunSpec(policy="last_n"))
     assert list(data.tests) == ["target", "forgotten"]
+    assert not {pair.image for pair in data.train} & {pair.image for part in data.tests.values() for pair in part}
+    assert not set(data.train.class_names) & set(data.tests["target"].class_names)
+
+
+def test_a_head_on_the_embedded_data_is_measured_on_other_drawings_of_its_classes() -> None:
+    spec = RunSpec(policy="head", params={"classes": "data"})
+    plan = planned(spec)
+    data = run_data(spec, plan.sites)
+    assert data.tests["target"].name.startswith(demo.CLOSED_STYLE)
+    assert data.train.class_names == data.tests["target"].class_names
     assert not {pair.image for pair in data.train} & {pair.image for part in data.tests.values() for pair in part}
     with pytest.raises(DataError, match="--val without --data"):
         run_data(RunSpec(policy="last_n", val="x.csv"))

@@ -1,0 +1,28 @@
+"""The plain open_clip model that training leaves."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from clipfreeze.changes import Applied
+from clipfreeze.errors import ExportError, Problem
+
+_WAYS = {
+    "adapter": "an adapter is no part of an open_clip model: keep the run folder, clipfreeze.load puts it on again",
+    "prompt": "write the class features that the prompt gives: --to head",
+    "head": "write the classifier: --to head",
+}
+
+
+def plain_model(applied: Applied) -> nn.Module:
+    """Merge LoRA and take the policy off; the model keeps what it learned and nothing else of us.
+
+    Raises ExportError for what a plain model cannot hold.
+    """
+    kinds = dict.fromkeys(site.kind for site, _ in applied.additions if site.kind != "lora")
+    if kinds:
+        raise ExportError(Problem(f"a plain model cannot hold what this policy adds: {kind}", _WAYS[kind]) for kind in kinds)
+    if applied.additions:
+        applied.merge()
+    applied.remove()
+    return applied.model

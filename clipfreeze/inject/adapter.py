@@ -1,0 +1,104 @@
+"""Bottleneck adapters: sequential (arXiv 1902.00751), parallel (2110.04366), behind a tower (2110.04544)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from clipfreeze.inject.addition import Addition, device_of, register
+from clipfreeze.inject.factor import Product, add_effect
+from clipfreeze.plan.sites import AdapterSite
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": functional.relu,
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+}
+
+
+def add_adapter(
+    site: AdapterSite, model: nn.Module, undo: ExitStack, tokenizer: Callable[..., Tensor] | None, fresh: bool
+) -> Adapter:
+    """Put the bottleneck into its block or behind its tower."""
+    adapter = Adapter(site, device_of(model, site.path), fresh)
+    register(model, site.path, adapter, undo)
+    if site.factor:
+        add_effect(model, site.target, adapter, undo)
+        return adapter
+    source, target = model.get_submodule(site.source), model.get_submodule(site.target)
+    if site.spec.placement == "parallel" and source is not target:
+        undo.callback(source.register_forward_pre_hook(partial(_read, adapter), with_kwargs=True).remove)
+        undo.callback(target.register_forward_hook(partial(_add_read, adapter)).remove)
+    else:
+        undo.callback(target.register_forward_hook(partial(_add, adapter), with_kwargs=True).remove)
+    return adapter
+
+
+class Adapter(Addition):
+    """down: (dim, in), up: (out, dim), of 1x1 convolutions where the block has maps; fp32. up starts at zero."""
+
+    def __init__(self, site: AdapterSite, device: torch.device, fresh: bool) -> None:
+        super().__init__()
+        self.spec = site.spec
+        wide, narrow = (site.added[0].shape[1], site.dim), (site.dim, site.width_out)
+        layers = (nn.Conv2d(*of, 1, device=device) if site.conv else nn.Linear(*of, device=device) for of in (wide, narrow))
+        self.down, self.up = layers
+        nn.init.zeros_(self.up.weight)
+        for layer in (self.down, self.up):
+            nn.init.zeros_(layer.bias)
+        self.waiting: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What is added: x: (..., in) -> (..., out), of maps (B, in, H, W) -> (B, out, H, W), in the type of x."""
+        given = x if torch.is_autocast_enabled(x.device.type) else x.to(self.down.weight.dtype)
+        inner = functional.dropout(ACTIVATIONS[self.spec.act](self.down(given)), self.spec.dropout, self.training)
+        return (self.up(inner) * (self.spec.factor * self.strength)).to(x.dtype)
+
+    def before(self, given: Tensor) -> Tensor:
+        """The product itself takes what it is given."""
+        return given
+
+    def after(self, product: Product, out: Tensor) -> Tensor:
+        """Behind a bare projection."""
+        return out if self.strength == 0 else out + self(out)
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    given: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return given
+
+
+def _plus(out: Any, added: Callable[[Tensor], Tensor]) -> Any:
+    """A module may give a tuple, of which the first counts: attention with its weights, pooled with tokens."""
+    if isinstance(out, tuple):
+        return (out[0] + added(out[0]), *out[1:])
+    return out + added(out)
+
+
+def _add(adapter: Adapter, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    if adapter.strength == 0:
+        return out
+    if adapter.spec.placement == "parallel":
+        return _plus(out, lambda _: adapter(_first(args, kwargs)))
+    return _plus(out, adapter)
+
+
+def _read(adapter: Adapter, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before the first of two modules: what is to be added behind the second."""
+    if adapter.strength != 0:
+        adapter.waiting = [adapter(_first(args, kwargs))]
+
+
+def _add_read(adapter: Adapter, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+    if not adapter.waiting:
+        return out
+    added = adapter.waiting.pop()
+    return _plus(out, lambda _: added)
