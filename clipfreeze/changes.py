@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -324,10 +325,18 @@ def _changed(plan: Plan, model: nn.Module, tokenizer: Tokenizer | None, saved: _
         set_trainable(model, {planned.name for planned in plan.trainable}, undo)
         stand_still(model, undo)
         drop_inputs(plan.parameters, model, undo)
+        _forget_compiled()
+        undo.callback(_forget_compiled)
         applied = Applied(plan, model, start, added, undo)
         _warn_of_clamps(plan, model)
         failed.pop_all()
     return applied
+
+
+def _forget_compiled() -> None:
+    """torch.compile keeps code by class and does not look at hooks: without this, code of another model would serve."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
 
 
 def _state(addition: Addition) -> Iterator[tuple[str, Tensor]]:

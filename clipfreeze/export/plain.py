@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
 from clipfreeze.changes import Applied
@@ -19,10 +21,15 @@ def plain_model(applied: Applied) -> nn.Module:
 
     Raises ExportError for what a plain model cannot hold.
     """
-    kinds = dict.fromkeys(site.kind for site, _ in applied.additions if site.kind != "lora")
-    if kinds:
-        raise ExportError(Problem(f"a plain model cannot hold what this policy adds: {kind}", _WAYS[kind]) for kind in kinds)
+    if problems := list(added_problems(applied, "a plain model")):
+        raise ExportError(problems)
     if applied.additions:
         applied.merge()
     applied.remove()
     return applied.model
+
+
+def added_problems(applied: Applied, holder: str) -> Iterator[Problem]:
+    """What the policy adds besides LoRA, kind by kind, which `holder` has no place for."""
+    for kind in dict.fromkeys(site.kind for site, _ in applied.additions if site.kind != "lora"):
+        yield Problem(f"{holder} cannot hold what this policy adds: {kind}", _WAYS[kind])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clipfreeze.errors import RunError
+from clipfreeze.inject.modes import evaluating
 from clipfreeze.models import Loaded
 
 CAPTIONS = ("a photo of a cat", "Two dogs' houses, 3 cafés & a tree!", "far too many words " * 50)
@@ -24,23 +24,35 @@ def probe_pictures(height: int, width: int) -> list[Image.Image]:
 
 
 def probe_outputs(loaded: Loaded, pictures: list[Image.Image]) -> dict[str, Tensor]:
-    """What the model makes of the pictures and of CAPTIONS, by its own transform and tokenizer; and its scalars."""
+    """What the model makes of the pictures and of CAPTIONS, by its own transform and tokenizer; and its scalars.
+
+    Of a model with a decoder, what that makes of both, too.
+    """
     model: Any = loaded.model
-    device = model.logit_scale.device
-    pixels = torch.stack([loaded.transform(picture) for picture in pictures])
-    dtype = next(module.weight.dtype for module in model.visual.modules() if isinstance(module, nn.Conv2d))
-    with torch.no_grad(), _evaluating(model):
+    pixels = probe_pixels(loaded, pictures)
+    tokens = loaded.tokenizer(list(CAPTIONS)).to(pixels.device)
+    with torch.no_grad(), evaluating(model):
         outputs = {
-            "image features": model.encode_image(pixels.to(device, dtype), normalize=False),
-            "text features": model.encode_text(loaded.tokenizer(list(CAPTIONS)).to(device), normalize=False),
+            "image features": model.encode_image(pixels, normalize=False),
+            "text features": model.encode_text(tokens, normalize=False),
         }
+        if "text_decoder" in dict(model.named_children()):
+            outputs["decoder logits"] = model(pixels, tokens[: len(pixels)])["logits"]
     return outputs | {
         name: tensor.reshape(()) for name, tensor in model.named_parameters(recurse=False) if "logit" in name
     }
 
 
+def probe_pixels(loaded: Loaded, pictures: list[Image.Image]) -> Tensor:
+    """(B, 3, H, W) of the pictures by the model's own transform, where the model is and of its type."""
+    model: Any = loaded.model
+    dtype = next(module.weight.dtype for module in model.visual.modules() if isinstance(module, nn.Conv2d))
+    pixels = torch.stack([loaded.transform(picture) for picture in pictures])
+    return pixels.to(model.logit_scale.device, dtype)
+
+
 def proved(model: nn.Module, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """The largest difference of a feature between `model` and what was loaded back; RunError when it is too large.
+    """The largest difference between `model` and what was loaded back; RunError when it is too large.
 
     Too large is more than half of the digits that the model's least precise weights have, counted from the largest
     feature: other orders of summing stay far below, another activation or a lost weight is far above.
@@ -54,16 +66,4 @@ def proved(model: nn.Module, ours: Mapping[str, Tensor], theirs: Mapping[str, Te
             what = f"{name} differ by {difference:.1g} once the export is loaded back; the bound is {bound:.1g}"
             raise RunError(what, "this is a fault of the export or weights that are not finite; nothing was written")
         differences[name] = difference
-    return max(differences["image features"], differences["text features"])
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode; every module's mode is restored."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    return max(differences.values())

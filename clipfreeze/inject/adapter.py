@@ -49,18 +49,18 @@ class Adapter(Addition):
         super().__init__()
         self.spec = site.spec
         wide, narrow = (site.added[0].shape[1], site.dim), (site.dim, site.width_out)
-        layers = (nn.Conv2d(*of, 1, device=device) if site.conv else nn.Linear(*of, device=device) for of in (wide, narrow))
-        self.down, self.up = layers
-        nn.init.zeros_(self.up.weight)
-        for layer in (self.down, self.up):
-            nn.init.zeros_(layer.bias)
+        self.down, self.up = _layer(site.conv, *wide, device), _layer(site.conv, *narrow, device)
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            assert zero is not None
+            nn.init.zeros_(zero)
         self.waiting: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        """What is added: x: (..., in) -> (..., out), of maps (B, in, H, W) -> (B, out, H, W), in the type of x."""
+        """What is added: x: (..., in) -> (..., out), of maps (B, in, H, W) -> (B, out, H, W); fp32 but for autocast."""
         given = x if torch.is_autocast_enabled(x.device.type) else x.to(self.down.weight.dtype)
         inner = functional.dropout(ACTIVATIONS[self.spec.act](self.down(given)), self.spec.dropout, self.training)
-        return (self.up(inner) * (self.spec.factor * self.strength)).to(x.dtype)
+        added: Tensor = self.up(inner) * (self.spec.factor * self.strength)
+        return added
 
     def before(self, given: Tensor) -> Tensor:
         """The product itself takes what it is given."""
@@ -68,37 +68,46 @@ class Adapter(Addition):
 
     def after(self, product: Product, out: Tensor) -> Tensor:
         """Behind a bare projection."""
-        return out if self.strength == 0 else out + self(out)
+        return out if self.strength == 0 else out + self(out).to(out.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what waits: checkpointing's second pass may stop between the two modules."""
+        return {**vars(self), "waiting": []}
 
 
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _layer(conv: bool, width_in: int, width_out: int, device: torch.device) -> nn.Conv2d | nn.Linear:
+    return nn.Conv2d(width_in, width_out, 1, device=device) if conv else nn.Linear(width_in, width_out, device=device)
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     given: Tensor = args[0] if args else next(iter(kwargs.values()))
     return given
 
 
-def _plus(out: Any, added: Callable[[Tensor], Tensor]) -> Any:
+def _first(out: Any) -> Tensor:
     """A module may give a tuple, of which the first counts: attention with its weights, pooled with tokens."""
-    if isinstance(out, tuple):
-        return (out[0] + added(out[0]), *out[1:])
-    return out + added(out)
+    first: Tensor = out[0] if isinstance(out, tuple) else out
+    return first
+
+
+def _plus(out: Any, added: Tensor) -> Any:
+    """`out` with what is added to its first, which stays of its type."""
+    first = _first(out)
+    total = first + added.to(first.dtype)
+    return (total, *out[1:]) if isinstance(out, tuple) else total
 
 
 def _add(adapter: Adapter, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
     if adapter.strength == 0:
         return out
-    if adapter.spec.placement == "parallel":
-        return _plus(out, lambda _: adapter(_first(args, kwargs)))
-    return _plus(out, adapter)
+    parallel = adapter.spec.placement == "parallel"
+    return _plus(out, adapter(_given(args, kwargs) if parallel else _first(out)))
 
 
 def _read(adapter: Adapter, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before the first of two modules: what is to be added behind the second."""
-    if adapter.strength != 0:
-        adapter.waiting = [adapter(_first(args, kwargs))]
+    adapter.waiting = [] if adapter.strength == 0 else [adapter(_given(args, kwargs))]
 
 
 def _add_read(adapter: Adapter, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-    if not adapter.waiting:
-        return out
-    added = adapter.waiting.pop()
-    return _plus(out, lambda _: added)
+    return _plus(out, adapter.waiting.pop()) if adapter.waiting else out

@@ -154,11 +154,15 @@ def _forward(attention: nn.MultiheadAttention, query: Tensor, *args: Any, **kwar
 
 
 def _with_sums(module: M) -> M:
-    """The same module for one call, its own stand-ins replaced by plain tensors."""
+    """The same module for one call, its own stand-ins replaced by plain tensors.
+
+    Those require gradients as the weights do: torch chooses the kernel by that, also where none are taken.
+    """
     plain = copy.copy(module)
     factors = {name: held for name, held in vars(module).items() if isinstance(held, Factor)}
     for name in ("forward", *factors):
         vars(plain).pop(name, None)
-    vars(plain)["_parameters"] = {**module._parameters, **{name: summed(held) for name, held in factors.items()}}
+    sums = {name: summed(held).requires_grad_(held.requires_grad) for name, held in factors.items()}
+    vars(plain)["_parameters"] = {**module._parameters, **sums}
     vars(plain)["_modules"] = dict(module._modules)
     return plain

@@ -112,7 +112,7 @@ class Lora(Addition):
 
     @torch.no_grad()
     def merged(self, weight: Tensor, into: Tensor) -> Tensor:
-        """`into` (the shape of `weight`, fp32) plus what the factors add to `weight` at this strength."""
+        """`into` (the shape of `weight`, fp32 or wider) plus what the factors add to `weight` at this strength."""
         if self.strength == 0:
             return into
         with _full_precision(weight):
@@ -134,10 +134,7 @@ class Lora(Addition):
     @torch.no_grad()
     def _norms(self, weight: Tensor) -> Tensor:
         """Lengths of the rows of W + scaling B A, (out,), without making it; a constant to the gradient, as in DoRA."""
-        a, b = self.A, self.B
-        if self.spec.init == "pissa":
-            a, b = torch.cat([a, self.A_start]), torch.cat([b, -self.B_start], 1)
-        matrix, b = self.matrix(weight), b * self.spec.scaling
+        matrix, a, b = self.matrix(weight), self.A, self.B * self.spec.scaling
         with _full_precision(weight):
             squares = matrix.square().sum(1) + 2 * ((matrix @ a.T) * b).sum(1) + ((b @ (a @ a.T)) * b).sum(1)
         return squares.clamp(min=1e-12).sqrt()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from clipfreeze.anatomy.parts import Anatomy, Parameter
@@ -13,7 +14,7 @@ from clipfreeze.policy.actions import Adapter
 
 DIM = 64
 REDUCTION = 4
-"""Where a policy does not say: of blocks, the width of the bottleneck; of features, their width divided by this."""
+"""Where a policy does not say: the width of a bottleneck in wider blocks; of features, their width divided by this."""
 
 Kind = Literal["attn", "mlp"]
 
@@ -32,37 +33,51 @@ def adapter_sites(anatomy: Anatomy, matched: Collection[int], spec: Adapter) -> 
         return [_behind(anatomy, tower, spec) for tower in towers]
     sites = [site for tower in towers for site in _within(anatomy, tower, parameters, spec)]
     if not sites:
-        raise SiteError(f"adapter on {parameters[0].name}: no block is matched", 'match = "@blocks", or after = "tower"')
+        raise SiteError(
+            f"adapter on {parameters[0].name}: no block is matched", 'match = "@blocks", or after = "tower"'
+        )
     return sites
 
 
-def _within(anatomy: Anatomy, tower: str, matched: Sequence[Parameter], spec: Adapter) -> Iterator[AdapterSite]:
-    wanted: tuple[Kind, ...] = ("attn", "mlp") if spec.after == "both" else (spec.after,)  # type: ignore[assignment]
-    blocks = sorted({of.block for of in matched if of.tower == tower and of.block is not None})
+def _within(anatomy: Anatomy, tower: str, matched: Sequence[Parameter], spec: Adapter) -> list[AdapterSite]:
     names = anatomy.tower(tower).blocks
-    found: set[Kind] = set()
-    had: set[Kind] = set()
-    sites = []
+    blocks = sorted({of.block for of in matched if of.tower == tower and of.block is not None})
+    had: dict[int, dict[Kind, _Part]] = {}
     for block in blocks:
         inside = [of for of in anatomy.parameters if of.role == f"{tower}.blocks" and of.block == block]
-        parts = _parts(names[block], inside)
-        had |= parts.keys()
-        for kind in wanted:
-            if kind in parts:
-                found.add(kind)
-                sites.append(_site(tower, block, names[block], kind, parts[kind], spec))
+        had[block] = _parts(names[block], inside)
+    found = [
+        (block, kind, part)
+        for block, parts in had.items()
+        for kind, part in parts.items()
+        if spec.after in (kind, "both")
+    ]
     if blocks and not found:
-        other = " or ".join(sorted(had)) or "none of either"
-        raise SiteError(f"adapter after {spec.after}: no block matched in the {tower} tower has one", f"they have {other}")
-    yield from sites
+        what = f"adapter after {spec.after}: no block matched in the {tower} tower has one"
+        others = sorted({kind for parts in had.values() for kind in parts})
+        raise SiteError(what, f'after = "{others[0]}"' if others else None)
+    changed = dict.fromkeys(names[block] for block, _, part in found if part.resizes)
+    if changed and spec.placement == "parallel":
+        what = f"a parallel adapter in {', '.join(changed)}: what goes in has another shape than what comes out"
+        raise SiteError(what, f'placement = "sequential", or exclude = {[f"{name}.*" for name in changed]}')
+    return [_site(tower, block, names[block], kind, part, spec) for block, kind, part in found]
 
 
+@dataclass(frozen=True, slots=True)
 class _Part:
     """What an adapter reads and stands behind: names of modules, and what they are given and give."""
 
-    def __init__(self, source: str, target: str, conv: bool, width_in: int, width_out: int, resizes: bool = False):
-        self.source, self.target, self.conv = source, target, conv
-        self.width_in, self.width_out, self.resizes = width_in, width_out, resizes
+    source: str
+    target: str
+    conv: bool
+    width_in: int
+    width_out: int
+    strided: bool = False
+
+    @property
+    def resizes(self) -> bool:
+        """Whether what it is given has another shape than what it gives."""
+        return self.strided or self.width_in != self.width_out
 
 
 def _parts(name: str, inside: Sequence[Parameter]) -> dict[Kind, _Part]:
@@ -73,8 +88,8 @@ def _parts(name: str, inside: Sequence[Parameter]) -> dict[Kind, _Part]:
     if first and last:
         width_in, width_out = matrix_shape(first.product, first.shape)[1], last.shape[0]
         parts["mlp"] = _Part(_module(first), _module(last), last.product == "conv", width_in, width_out)
-    if not parts:  # a block of convolutions, which are its MLP
-        convolutions = [of for of in inside if of.product == "conv"]
+    convolutions = [of for of in inside if of.product == "conv"]
+    if convolutions and not parts:  # which are its MLP
         width_in, width_out = convolutions[0].shape[1], max(of.shape[0] for of in convolutions)
         parts["mlp"] = _Part(name, name, True, width_in, width_out, any("downsample" in of.name for of in inside))
     return parts
@@ -105,10 +120,7 @@ def _module(parameter: Parameter) -> str:
 
 def _site(tower: str, block: int, name: str, kind: Kind, part: _Part, spec: Adapter) -> AdapterSite:
     parallel = spec.placement == "parallel"
-    if parallel and (part.resizes or part.width_in != part.width_out):
-        what = f"a parallel adapter in {name}: what goes in has another shape than what comes out"
-        raise SiteError(what, f'placement = "sequential", or exclude = "{name}.*"')
-    dim = DIM if spec.dim is None else spec.dim
+    dim = min(DIM, part.width_out) if spec.dim is None else spec.dim
     return AdapterSite(
         path=f"{name}.adapter.{kind}",
         of=f"{name} {kind}",
@@ -127,7 +139,11 @@ def _site(tower: str, block: int, name: str, kind: Kind, part: _Part, spec: Adap
 
 def _behind(anatomy: Anatomy, tower: str, spec: Adapter) -> AdapterSite:
     width = feature_width(anatomy)
-    dim = spec.dim or max(width // (spec.reduction or REDUCTION), 1)
+    dim = spec.dim or width // (spec.reduction or REDUCTION)
+    if not dim:
+        raise SiteError(
+            f"a reduction of {spec.reduction} leaves none of {width} features", f"reduction = {width} or less"
+        )
     target, path, factor = "visual", "visual.adapter", False
     if tower == "text":
         target, path = "text", "text.adapter"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,11 +48,18 @@ def run_data(spec: RunSpec, sites: Sequence[Site] = ()) -> RunData:
     if spec.data is None:
         if spec.val is not None:
             raise DataError("--val without --data", "give both: the embedded pictures have their own test split")
-        goal = demo_pairs(*((demo.CLOSED_STYLE, "train") if is_closed(sites) else (demo.TARGET_STYLE, "test")))
-        return RunData(demo_pairs(demo.TARGET_STYLE, "train"), {"target": goal} | forgotten)
+        train = demo_pairs(demo.TARGET_STYLE, "train")
+        goal = other_drawings(train) if is_closed(sites) else demo_pairs(demo.TARGET_STYLE, "test")
+        return RunData(train, {"target": goal} | forgotten)
     pairs = read_data(spec.data, spec.table)
     train, held_out = (pairs, read_data(spec.val, spec.table)) if spec.val else split_pairs(pairs, seed=spec.seed)
     return RunData(train, {"target": held_out} | forgotten)
+
+
+def other_drawings(train: PairSet) -> PairSet:
+    """The concepts of the embedded training pictures in another style, without drawings that both styles share."""
+    goal, seen = demo_pairs(demo.CLOSED_STYLE, "train"), {pair.image for pair in train}
+    return replace(goal, pairs=tuple(pair for pair in goal if pair.image not in seen))
 
 
 def run_policy(spec: RunSpec) -> Policy:

@@ -8,7 +8,7 @@ import open_clip
 import pytest
 
 from clipfreeze.anatomy.partition import describe
-from clipfreeze.anatomy.parts import ROLES, SLOTS, TAGS
+from clipfreeze.anatomy.parts import ROLES, SLOTS, TAGS, Tokens
 from clipfreeze.models import build_on_meta, model_names
 
 OFFLINE = [name for name in model_names() if "hf_model_name" not in open_clip.get_model_config(name)["text_cfg"]]
@@ -39,6 +39,9 @@ EXPECTED = [
     (r"visual\.trunk\.head\.(weight|bias|fc\..*)|visual\.head\.(proj|mlp)\..*", "vision.proj"),
 ]
 """The contract, written a second time as patterns of whole names."""
+
+TOKENS = {"SigLIP": (0, "id"), "mt5": (0, "id"), "xlm-v": (1, "id"), "bert": (1, "pad"), "CLIP": (1, "largest")}
+"""Of each tokenizer, in this order: how many tokens start a text, and how its end is found."""
 
 
 def test_all_offline_configs_are_tried():
@@ -74,6 +77,13 @@ def test_every_parameter_has_the_role_the_contract_gives_it(name):
         assert all(type(modules[block]).__name__ in BLOCK_CLASSES for block in tower.blocks)
         assert list(tower.stages) == sorted(tower.stages)
         assert len(tower.stages) in (0, len(tower.blocks))
+    assert isinstance(vision.tokens, Tokens) == (not vision.stages and "relpos" not in name)
+    assert isinstance(text.tokens, Tokens)
+    tokenizer = config["text_cfg"].get("hf_tokenizer_name", "CLIP")
+    start, end = next(tokens for written, tokens in TOKENS.items() if written in tokenizer)
+    cls = config["text_cfg"].get("embed_cls", False)
+    assert (text.tokens.first, text.tokens.end) == (start, "last" if cls else end)
+    assert text.tokens.context == config["text_cfg"]["context_length"]
     slots = {slot for p in anatomy.parameters if p.role == "text.blocks" for slot in p.slots}
     assert slots == set(SLOTS)
     stands_in = [p.role for p in anatomy.parameters if "projections" in p.tags and not p.role.endswith(".proj")]

@@ -1,4 +1,4 @@
-"""A text prompt is words with embeddings of their own: compared with such words written into the plain model's texts."""
+"""A text prompt is words with embeddings of their own: compared with such words in the texts of the plain model."""
 
 from __future__ import annotations
 
@@ -63,6 +63,9 @@ MODELS = {
     "mt5": Made(partial(tiny.hf_text, "mt5"), (), 1, 0, 19),
     "nllb": Made(partial(tiny.hf_text, "m2m_100", "cls_pooler", "linear"), (60,), 2, 1, 18),
 }
+KINDS = tuple(name for name in MODELS if name not in tiny.FAMILIES or name in ("clip_vit", "custom_text", "coca"))
+"""Those whose texts go another way."""
+
 FEW = ("clip_vit", "custom_text", "siglip", "coca", "roberta", "mt5")
 
 
@@ -113,8 +116,10 @@ def close(one: Any, other: Any, tolerance: float = 1e-5) -> None:
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("position", ["front", "middle", "end"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "position"),
+    [(name, "front") for name in MODELS] + [(name, position) for name in KINDS for position in ("middle", "end")],
+)
 @torch.no_grad()
 def test_a_prompt_is_words_with_embeddings_of_their_own(name, position):
     model = built(name)
@@ -140,10 +145,10 @@ def test_a_prompt_is_words_with_embeddings_of_their_own(name, position):
         close(own, hand)
         if "Hugging" not in describe(plain).family:
             ways = {"text_output_fmt": "NLC"}
+            close(model.forward_intermediates(text=given, **ways), written.forward_intermediates(text=by_hand, **ways))
             close(
-                model.forward_intermediates(text=given, **ways), written.forward_intermediates(text=by_hand, **ways)
+                model.forward_intermediates(None, given, **ways), written.forward_intermediates(None, by_hand, **ways)
             )
-            close(model.forward_intermediates(None, given, **ways), written.forward_intermediates(None, by_hand, **ways))
 
 
 @pytest.mark.parametrize("name", ["clip_vit", "xlm_v_top"])
@@ -162,7 +167,7 @@ def test_a_deep_prompt_replaces_its_vectors_before_each_of_its_blocks(name):
     close(model.encode_text(texts(name)), pooled @ plain.text_projection)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_a_deep_prompt_of_what_the_former_vectors_became_changes_nothing(name):
     model = built(name)
@@ -261,7 +266,7 @@ def test_words_are_the_last_vectors_of_the_first_block(clip):
 def test_words_of_other_vocabularies_take_the_tokenizer_that_is_given():
     model = built("siglip")
     prompt = put(model, init="x", tokenizer=lambda words: texts("siglip", [[7, 8, 9]]))
-    assert torch.equal(prompt.vectors[0], model.text.token_embedding.weight[[7, 8, 9]])
+    assert torch.equal(prompt.vectors[0], model.state_dict()["text.token_embedding.weight"][[7, 8, 9]])
 
 
 @pytest.mark.parametrize(
@@ -322,8 +327,9 @@ def test_a_text_of_no_class_is_told_by_its_row():
         model.encode_text(texts("clip_vit"))
 
 
-@pytest.mark.parametrize("said", [{}, {"depth": 3}, {"position": "middle"}], ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "said"), [(name, {"depth": 3}) for name in MODELS] + [(name, {"position": "middle"}) for name in KINDS]
+)
 def test_switched_off_or_taken_out_it_is_as_if_it_had_never_been(name, said):
     model = built(name)
     given, before = texts(name), state_of(model)
@@ -395,50 +401,38 @@ def put_beside(model: Any, undo: ExitStack) -> Any:
     return add_prompt(site, model, undo, None, True)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # open_clip's word for it
 @pytest.mark.parametrize("name", FEW)
 def test_checkpointing_changes_no_gradient(name):
-    model = built(name)
+    model = built(name).train()  # Hugging Face checkpoints in train mode alone
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(vars(module).get("dropout"), float):
+            module.dropout = 0.0
     prompt = put(model, depth=3)
-    if hasattr(model.text if name in ("roberta", "mt5") else model, "config"):
-        pytest.skip("a Hugging Face encoder checkpoints in train mode alone")
     gradients = []
     for on in (False, True):
-        model.set_grad_checkpointing(on)
+        if on:
+            model.set_grad_checkpointing(True)
         [gradient] = torch.autograd.grad(model.encode_text(texts(name)).square().sum(), [prompt.vectors])
         gradients.append(gradient)
     assert gradients[0].flatten(1).abs().amax(1).min() > 0
     close(gradients[0], gradients[1])
 
 
-def test_a_hugging_face_encoder_checkpoints_too():
-    model = built("roberta").train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    prompt = put(model, depth=3)
-    gradients = []
-    for on in (False, True):
-        if on:
-            model.text.transformer.gradient_checkpointing_enable()
-        [gradient] = torch.autograd.grad(model.encode_text(texts("roberta")).square().sum(), [prompt.vectors])
-        gradients.append(gradient)
-    close(gradients[0], gradients[1])
-
-
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, where a graph begins anew
 @pytest.mark.parametrize("name", ["clip_vit", "custom_text"])
 def test_it_compiles(name):
     model = built(name)
     prompt = put(model, depth=2)
-    given, images = texts(name), tiny.images(model)
-    expected = model(images, given)
-    compiled = torch.compile(model, backend="aot_eager")
-    found = compiled(images, given)
-    close(found[1], expected[1])
-    [gradient] = torch.autograd.grad(found[1].square().sum(), [prompt.vectors])
-    [by_hand] = torch.autograd.grad(expected[1].square().sum(), [prompt.vectors])
+    given, weights = texts(name), torch.randn(4, tiny.EMBED_DIM)
+    _, expected, _ = model(None, given)
+    _, found, _ = torch.compile(model, backend="aot_eager")(None, given)
+    close(found, expected)
+    [gradient] = torch.autograd.grad((found * weights).sum(), [prompt.vectors])
+    [by_hand] = torch.autograd.grad((expected * weights).sum(), [prompt.vectors])
     close(gradient, by_hand)
-    prompt.set_strength(0.0)
-    close(compiled(images, given)[1], model.encode_text(given, normalize=True))
 
 
 @pytest.mark.parametrize("how", ["bf16 autocast", "bf16 weights", "fp16 weights"])

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import made
 import pytest
 
 from clipfreeze.anatomy.partition import describe
@@ -11,7 +12,6 @@ from clipfreeze.plan.prompt_sites import couple_problems, prompt_sites
 from clipfreeze.plan.sites import PromptSite, SiteError
 from clipfreeze.policy.actions import Prompt
 
-import made
 import tiny
 
 TOWERS = {"vision": Tokens(8, first=1), "text": Tokens(6, first=1, table="token_embedding.weight", context=16)}
@@ -65,7 +65,12 @@ def test_imagenet_has_two_names_twice_and_a_class_specific_prompt_each_once():
     ("towers", "said", "what", "fix"),
     [
         ([], {}, "prompt on logit_scale, which is in no tower", 'match = "@text", or "@vision"'),
-        (["text"], {"length": 14}, "prompt length 14 does not fit the context of made, 16 tokens", "length = 13 or less"),
+        (
+            ["text"],
+            {"length": 14},
+            "prompt length 14 does not fit the context of made, 16 tokens",
+            "length = 13 or less",
+        ),
         (["text"], {"depth": 4}, "prompt depth 4: the text tower of made has 3 blocks", "depth = 3 or less"),
         (["vision"], {"depth": 13}, "prompt depth 13: the vision tower of made has 12 blocks", "depth = 12 or less"),
         (["text"], {"couple": True}, "couple = true on text", 'match = "@vision", beside'),
