@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from clipfreeze.anatomy.partition import WRAPPERS
 from clipfreeze.errors import ApplyError, PlanError, Problem, did_you_mean
-from clipfreeze.inject.added import Added, inject
+from clipfreeze.foreign.reading import is_foreign, read_foreign
+from clipfreeze.inject.added import Added, add_sites
 from clipfreeze.inject.addition import Addition
 from clipfreeze.inject.dropout import drop_inputs, dropout_problems
 from clipfreeze.inject.freeze import set_trainable, stand_still
@@ -58,17 +59,26 @@ def apply(plan: Plan, model: nn.Module, *, tokenizer: Tokenizer | None = None) -
 def load(folder: str | Path, model: nn.Module) -> Applied:
     """Apply the plan that `Applied.save` left in `folder` to a fresh copy of its base model, and put in its weights.
 
+    `folder` may also be a LoRA folder of PEFT's or a file of CLIP-LoRA's, which say nothing of their base's weights.
     Raises ApplyError, the model being as it was, when a file is missing or broken, or the model is another one.
     """
-    plan = read_plan(Path(folder) / PLAN)
+    path = Path(folder)
+    _refuse_unfit(model)
+    if is_foreign(path):
+        plan, tensors = read_foreign(path, model)
+        saved = _Saved(path, tensors, None, True)
+    else:
+        plan, saved = read_plan(path / PLAN), _Saved.read(path / WEIGHTS)
     _check(plan, model)
-    return _changed(plan, model, None, _Saved.read(Path(folder) / WEIGHTS))
+    return _changed(plan, model, None, saved)
 
 
 class Applied:
     """A plan at work on a model. Made by `apply` and `load`."""
 
-    def __init__(self, plan: Plan, model: nn.Module, start: Mapping[str, Tensor], added: Added, undo: ExitStack) -> None:
+    def __init__(
+        self, plan: Plan, model: nn.Module, start: Mapping[str, Tensor], added: Added, undo: ExitStack
+    ) -> None:
         self.plan, self.model = plan, model
         self._undo = undo
         self._start = dict(start)
@@ -167,6 +177,9 @@ class Applied:
         if not name.isidentifier() or name in self._sets:
             what = f"{name!r} is taken" if name in self._sets else f"{name!r} is no name: letters, digits and _"
             raise ApplyError(what, "give another name")
+        if is_foreign(Path(folder)):
+            what = f"{folder} is no folder of save()"
+            raise ApplyError(what, "clipfreeze.load() it onto a fresh model, and save() it from there")
         plan, saved = read_plan(Path(folder) / PLAN), _Saved.read(Path(folder) / WEIGHTS)
         if own := [planned.name for planned in _changing(plan) if planned.origin == "model"]:
             what = f"the policy in {folder} changes the model's own parameters: {_few(own)}"
@@ -174,7 +187,7 @@ class Applied:
         sites = tuple(renamed(site, name) for site in plan.sites)
         with ExitStack() as failed:
             undo = failed.enter_context(ExitStack())
-            added = inject(sites, self.model, undo, None, fresh=False)
+            added = add_sites(sites, self.model, undo, None, fresh=False)
             paths = {new.path: old.path for new, old in zip(sites, plan.sites, strict=True)}
             state = {f"{paths[part.site.path]}.{of}": t for part in added.parts for of, t in _state(part.addition)}
             saved.check(state, plan, self.model)
@@ -257,7 +270,7 @@ class Applied:
             added.set_strengths(self._scale)
 
     def remove(self) -> None:
-        """Take the policy off: what it added, flags, modes, hooks and attributes. Weights stay as trained, or merged."""
+        """Take the policy off: what it added, flags, modes, hooks, attributes. Weights stay as trained, or merged."""
         self._undo.close()
         self._removed = True
 
@@ -276,11 +289,11 @@ class Applied:
 
 @dataclass(frozen=True)
 class _Saved:
-    """A file of weights."""
+    """A file of weights; one of other tools does not say of which base."""
 
     path: Path
     tensors: dict[str, Tensor]
-    base: str
+    base: str | None
     whole: bool
 
     @classmethod
@@ -295,7 +308,7 @@ class _Saved:
             raise ApplyError(what, "save it again")
         if not self.whole:
             raise ApplyError(f"{self.path} is damaged: its weights are not those that were saved", "save it again")
-        if self.base != _fingerprint(plan, model):
+        if self.base is not None and self.base != _fingerprint(plan, model):
             what = "the weights that do not train are not those that this policy was trained on"
             fix = "load the same pretrained weights first; make random ones after the same torch.manual_seed"
             raise ApplyError(f"{self.path} belongs to another base model: {what}", fix)
@@ -311,7 +324,7 @@ def _changed(plan: Plan, model: nn.Module, tokenizer: Tokenizer | None, saved: _
         undo = failed.enter_context(ExitStack())
         vars(model)[_MARK] = plan.policy.name
         undo.callback(vars(model).pop, _MARK)
-        added = inject(plan.sites, model, undo, tokenizer, fresh=saved is None)
+        added = add_sites(plan.sites, model, undo, tokenizer, fresh=saved is None)
         if saved is None:
             start_anew(new, model, failed)
         start = _copies(plan, model)
@@ -415,8 +428,8 @@ def _within(tensor: Tensor, low: float, high: float) -> bool:
     return bool(((tensor >= low) & (tensor <= high)).all())
 
 
-def _check(plan: Plan, model: nn.Module) -> None:
-    """ApplyError unless the plan can be applied to this model."""
+def _refuse_unfit(model: nn.Module) -> None:
+    """ApplyError for a model in a wrapper, or with a policy on it."""
     for path, module in model.named_modules(prefix="model"):
         if [name for name, _ in module.named_children()] in [[wrapper] for wrapper in WRAPPERS]:
             raise ApplyError(f"{path} is wrapped in {type(module).__name__}", "apply to the bare model, then wrap it")
@@ -425,6 +438,11 @@ def _check(plan: Plan, model: nn.Module) -> None:
             f"the policy {name!r} is applied to this model already",
             "call remove() on what apply returned (applied.remove()); a copy of an applied model keeps the policy",
         )
+
+
+def _check(plan: Plan, model: nn.Module) -> None:
+    """ApplyError unless the plan can be applied to this model."""
+    _refuse_unfit(model)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     planned = {parameter.name: parameter.shape for parameter in plan.parameters if parameter.origin == "model"}
     if shapes != planned:

@@ -1,4 +1,4 @@
-"""A policy's folder: the plan, and the tensors it changed, tied to their base by a digest. No pickle, whole files only."""
+"""A policy's folder: the plan, and the tensors it changed, tied to their base by a digest. No pickle, whole files."""
 
 from __future__ import annotations
 

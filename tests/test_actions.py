@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from life import SGD, assert_same, features, loss_of, made, picture, planned, train, weights
 from torch import nn
 
 from clipfreeze import changes
@@ -14,7 +15,6 @@ from clipfreeze.errors import ApplyError, PlanError
 from clipfreeze.inject.addition import Addition
 
 import tiny
-from life import SGD, assert_same, features, loss_of, made, picture, planned, train, weights
 
 
 @dataclass
@@ -32,7 +32,7 @@ def rule(match: str, *settings: str) -> str:
 
 NO_ATTENTION = ("clip_resnet", "clip_convnext")
 NO_TOKENS = (*tiny.HIERARCHICAL, "relpos")
-VISUAL = 'prompt = { length = 2, depth = 2 }'
+VISUAL = "prompt = { length = 2, depth = 2 }"
 
 ACTIONS = {
     "lora": Action(rule("@blocks", 'lora = { rank = 2, targets = "q,v,out,fc1" }')),
@@ -85,10 +85,12 @@ def stirred(applied: Applied) -> Applied:
 @every
 def test_law_1_nothing_changes_at_injection_and_nothing_is_left_when_off(family, action, tmp_path):
     model = made(family).eval()
-    close = partial(torch.allclose, atol=1e-5) if family == "relpos" else torch.equal  # its kernel: does the bias train?
+    close = (
+        partial(torch.allclose, atol=1e-5) if family == "relpos" else torch.equal
+    )  # its kernel: does the bias train?
 
     def both() -> list[torch.Tensor]:
-        """Without gradients, on torch's fused path; with them, without it: it is taken where nothing trains any more."""
+        """Without gradients, on torch's fused path; with them, without it, unless nothing trains any more."""
         with torch.no_grad():
             found = list(features(model))
         torch.backends.mha.set_fastpath_enabled(False)
@@ -124,7 +126,9 @@ def test_laws_2_3_and_7_the_base_rests_while_all_that_was_added_learns(family, a
     for module in model.modules():
         if isinstance(module, Addition):
             assert module.training
-        elif not any(isinstance(inner, Addition) for inner in module.modules()) and any(True for _ in module.parameters()):
+        elif not any(isinstance(inner, Addition) for inner in module.modules()) and any(
+            True for _ in module.parameters()
+        ):
             inside = any(module is inner for _, part in applied.additions for inner in part.modules())
             assert module.training == inside
 

@@ -17,7 +17,7 @@ LAYERS = (  # each may import from those after it, and from its own
     ("cli",),
     ("train", "export"),
     ("changes", "models"),
-    ("stored",),
+    ("stored", "foreign"),
     ("inject", "optim"),
     ("plan",),
     ("policy", "anatomy"),

@@ -39,8 +39,8 @@ KNOBS: dict[str, dict[str, float | str]] = {
     "head": {"classes": "data", "lr": 1e-2},
 }
 """Policy: the knobs for tuning on TARGET_STYLE, found on its val split (the head's on the drawings of its val and test
-splits in CLOSED_STYLE: the run itself is measured on those of the train split). A model this small takes larger steps than the
-published rates, which are for ViT-B and larger; a policy not here keeps its own."""
+splits in CLOSED_STYLE: the run itself is measured on those of the train split). A model this small takes larger steps
+than the published rates, which are for ViT-B and larger; a policy not here keeps its own."""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clipfreeze.stored import whole_file
 from clipfreeze.errors import DataError, RunError
+from clipfreeze.stored import whole_file
 
 
 @contextmanager

@@ -20,17 +20,12 @@ from clipfreeze.errors import ExportError, Problem, RunError
 from clipfreeze.export.files import whole_folder, write_json, write_tensors
 from clipfreeze.export.plain import added_problems
 from clipfreeze.export.proof import probe_outputs, probe_pictures, proved
+from clipfreeze.foreign.peft_folder import CONFIG, OUT, OUT_COUNTS, PREFIX, WEIGHTS
 from clipfreeze.inject.addition import Addition
 from clipfreeze.inject.factor import parameter_of, wide
 from clipfreeze.inject.lora import Lora
 from clipfreeze.models import Loaded
 from clipfreeze.plan.sites import LoraSite, Site
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-_PREFIX = "base_model.model."
-_OUT = ".base_layer.out_proj"
-"""PEFT's attention has one pair of factors for in_proj and one for out_proj, of the same rank and scale."""
 
 _MERGE = "--to open_clip merges it into the weights"
 
@@ -39,7 +34,10 @@ Part = tuple[LoraSite, Lora]
 
 @dataclass
 class _Held:
-    """One module as PEFT holds it: the LoRA of each of its weights, by what the key has between module and factor."""
+    """One module as PEFT holds it: the LoRA of each of its weights, by what the key has between module and factor.
+
+    An attention has two: a pair of factors for in_proj and one for out_proj, of the same rank and scale.
+    """
 
     kind: type[nn.Module]
     weights: dict[str, list[Part]] = field(default_factory=dict)
@@ -87,14 +85,19 @@ def reload_line(loaded: Loaded, folder: Path) -> str:
 
 
 def peft_notes(sites: Sequence[Site], loaded: Loaded) -> Iterator[str]:
-    """What PEFT would do otherwise than the run, were it to train on."""
-    dropouts = {site.spec.dropout for site in sites if isinstance(site, LoraSite) and site.product != "embedding"}
+    """What is to be known of the folder beside its difference on a probe batch."""
+    loras = [site for site in sites if isinstance(site, LoraSite)]
+    dropouts = {site.spec.dropout for site in loras if site.product != "embedding"}
+    owners = [_owner(loaded.model, site.parameter) for site in loras]
     if len(dropouts) > 1:
         yield f"PEFT has one dropout for all modules: {max(dropouts):g}, the largest here"
-    if any(dropouts):
-        yield "PEFT's attention drops nothing out"
+    if any(dropouts) and any(isinstance(module, nn.MultiheadAttention) for _, _, module, _ in owners):
+        yield "PEFT's attention applies no dropout: to train on with it is not the same"
+    if any(between for _, between, _, _ in owners):
+        version = _installed().__version__
+        yield f"PEFT {version} adds the factors of an out_proj {OUT_COUNTS} times: they are stored smaller"
     if loaded.random:
-        yield f"the base {loaded.name} has random weights, which the line below draws anew: this run's come from its seed"
+        yield f"the base {loaded.name} has random weights, which the line below draws anew: the run's are of its seed"
 
 
 def _installed() -> Any:
@@ -136,11 +139,11 @@ def _modules(applied: Applied) -> tuple[dict[str, _Held], list[Problem]]:
 
 
 def _owner(model: nn.Module, parameter: str) -> tuple[str, str, nn.Module, str]:
-    """Module that PEFT would wrap for a parameter: name, what its keys have behind that, itself, the parameter's leaf."""
+    """Module that PEFT would wrap for a parameter: name, what its keys have behind that, itself, the last name."""
     path, _, leaf = parameter.rpartition(".")
     outer = path.removesuffix(".out_proj")
     if outer != path and isinstance(attention := model.get_submodule(outer), nn.MultiheadAttention):
-        return outer, _OUT, attention, "in_proj_weight" if attention._qkv_same_embed_dim else leaf
+        return outer, OUT, attention, "in_proj_weight" if attention._qkv_same_embed_dim else leaf
     return path, "", model.get_submodule(path), leaf
 
 
@@ -239,17 +242,18 @@ def _number(value: float) -> int | float:
 
 
 def _tensors(model: nn.Module, modules: Mapping[str, _Held], dora: bool) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, held in modules.items():
         weights = held.weights
         if held.kind is nn.MultiheadAttention:
-            weights = {"": [], _OUT: []} | weights
+            weights = {"": [], OUT: []} | weights
         for between, parts in weights.items():
             leaf = "weight" if between or held.kind is not nn.MultiheadAttention else "in_proj_weight"
             weight = parameter_of(model, f"{name}{between.removeprefix('.base_layer') or ''}.{leaf}")
             a, b, magnitude = _joined(parts, held, weight)
+            b = b / OUT_COUNTS if between else b
             found = _by_key(held.kind, weight, a, b, magnitude if dora else None)
-            tensors |= {f"{_PREFIX}{name}{between}.{key}": tensor.contiguous() for key, tensor in found.items()}
+            tensors |= {f"{PREFIX}{name}{between}.{key}": tensor.contiguous() for key, tensor in found.items()}
     return tensors
 
 

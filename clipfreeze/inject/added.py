@@ -86,7 +86,7 @@ def _write(model: nn.Module, weights: dict[str, Tensor]) -> None:
             parameter_of(model, name).copy_(value)
 
 
-def inject(
+def add_sites(
     sites: Sequence[Site], model: nn.Module, undo: ExitStack, tokenizer: Tokenizer | None, *, fresh: bool
 ) -> Added:
     """Add everything; `fresh` draws start values, else saved ones are to be put in."""

@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Addition(nn.Module):
-    """A module that a policy added. `strength` is 1 when it works in full and 0 when it is off: as if it were not there.
+    """A module that a policy added. `strength` is 1 when it works in full, 0 when it is as if it were not there.
 
     The way to know one is `isinstance`, never a name.
     """

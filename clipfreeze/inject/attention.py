@@ -99,11 +99,11 @@ def _packed(
     width = query.shape[-1]
     if query is key and key is value:
         packed = _linear(query, weight, bias)
-        packed = packed.unflatten(-1, (3, width)).unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
+        packed = packed.view(*packed.shape[:-1], 3, width).unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
         return packed[0], packed[1], packed[2]
     if key is value:
         both = _linear(key, *_rows(weight, bias, width, 3 * width))
-        both = both.unflatten(-1, (2, width)).unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
+        both = both.view(*both.shape[:-1], 2, width).unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
         return _linear(query, *_rows(weight, bias, 0, width)), both[0], both[1]
     thirds = (_rows(weight, bias, start, start + width) for start in range(0, 3 * width, width))
     q, k, v = (_linear(x, *third) for x, third in zip((query, key, value), thirds, strict=True))
@@ -130,7 +130,7 @@ def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def keep_fused(model: nn.Module, parameter: str, undo: ExitStack) -> None:
     """In inference torch's attention takes one fused call, which reads weights: let it go on, with their sums.
 
-    So an adaptation that adds nothing changes no bit there either. What trains runs beside the products, for its dropout.
+    So an adaptation that adds nothing changes no bit there either. What trains runs beside the products.
     """
     path = parameter.removesuffix(".out_proj.weight") if ".out_proj." in parameter else parameter.rpartition(".")[0]
     attention = model.get_submodule(path)

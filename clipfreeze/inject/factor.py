@@ -99,7 +99,9 @@ class Factor:
             return attend(*args, **(kwargs or {}))
         if function in ARGUMENTS:
             order = ARGUMENTS[function]
-            given = dict(zip(order, args, strict=False)) | dict(kwargs or {})  # callers name some, and not the same ones
+            given = dict(zip(order, args, strict=False)) | dict(
+                kwargs or {}
+            )  # callers name some, and not the same ones
             if isinstance(factor := given.get(order[1]), cls):
                 return factor.product(function, given)
         plain, named = tree_map(

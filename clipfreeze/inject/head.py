@@ -22,7 +22,7 @@ _CLASSES = 64  # encoded together
 def add_head(
     site: HeadSite, model: nn.Module, undo: ExitStack, tokenizer: Callable[..., Tensor] | None, fresh: bool
 ) -> ClassHead:
-    """Put the head into the model, where nothing but its user calls it. A tokenizer is needed for fresh zero-shot rows."""
+    """Put the head into the model, where its user alone calls it; fresh zero-shot rows need a tokenizer."""
     head = ClassHead(site, model)
     if fresh and site.spec.init == "zero-shot":
         head.weight.data.copy_(zero_shot_rows(site, model, tokenizer))
@@ -33,7 +33,7 @@ def add_head(
 
 
 class ClassHead(Addition):
-    """weight: (C, D), bias: (C,) or none; fp32. Logits are the model's logit scale times the products, plus the bias."""
+    """weight: (C, D), bias: (C,) or none, fp32. Logits: the products times the model's logit scale, plus the bias."""
 
     bias: nn.Parameter | None
     _model: Any
@@ -51,11 +51,14 @@ class ClassHead(Addition):
         """Half a classifier has no meaning."""
         return False
 
+    def rows(self) -> Tensor:
+        """(C, D) that features are multiplied by."""
+        return functional.normalize(self.weight, dim=-1) if self.cosine else self.weight
+
     def forward(self, features: Tensor) -> Tensor:
-        """features: (B, D) normalised -> logits (B, C), in fp32 also under autocast: at size 100 bf16 is off by 0.25."""
+        """features: (B, D) normalised -> logits (B, C), fp32 also under autocast: at size 100 bf16 is off by 0.25."""
         with torch.autocast(features.device.type, enabled=False):
-            rows = functional.normalize(self.weight, dim=-1) if self.cosine else self.weight
-            logits: Tensor = self._model.logit_scale.float().exp() * features.float() @ rows.T
+            logits: Tensor = self._model.logit_scale.float().exp() * features.float() @ self.rows().T
             return logits if self.bias is None else logits + self.bias
 
 
@@ -71,4 +74,3 @@ def zero_shot_rows(site: HeadSite, model: Any, tokenizer: Callable[..., Tensor] 
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-

@@ -1,4 +1,4 @@
-"""Low-rank adaptation beside a product (arXiv 2106.09685), with rsLoRA (2312.03732), DoRA (2402.09353), PiSSA (2404.02948)."""
+"""Low-rank adaptation (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), PiSSA (2404.02948)."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class Lora(Addition):
         return squares.clamp(min=1e-12).sqrt()
 
     def _start(self, a: Tensor, b: Tensor, weight: nn.Parameter) -> tuple[Tensor, Tensor]:
-        """PiSSA: A and B from the largest singular vectors, so that scaling B A is the best rank-r part of the weight."""
+        """PiSSA: A and B from the largest singular vectors: scaling B A is the best rank-r part of the weight."""
         left, values, right = torch.linalg.svd(self.matrix(weight), full_matrices=False)
         rank = self.spec.rank
         roots = (values[:rank] / self.spec.scaling).sqrt()

@@ -13,7 +13,9 @@ from clipfreeze.errors import ApplyError
 CLIP_VOCABULARY = 49408
 
 
-def fitting_tokenizer(model: nn.Module, given: Callable[..., Tensor] | None, what: str) -> Callable[[list[str]], Tensor]:
+def fitting_tokenizer(
+    model: nn.Module, given: Callable[..., Tensor] | None, what: str
+) -> Callable[[list[str]], Tensor]:
     """`given`, or open_clip's own for CLIP's vocabulary, held to the model; `what` needs it.
 
     ApplyError where there is none, and, once it is called, for ids that the model does not know.

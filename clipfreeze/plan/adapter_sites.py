@@ -19,7 +19,7 @@ REDUCTION = 4
 Kind = Literal["attn", "mlp"]
 
 
-def adapter_sites(anatomy: Anatomy, matched: Collection[int], spec: Adapter) -> list[AdapterSite]:
+def place_adapters(anatomy: Anatomy, matched: Collection[int], spec: Adapter) -> list[AdapterSite]:
     """A bottleneck in each block of which a rule matched something, or behind its tower.
 
     Raises SiteError where nothing matched has such a part, where a parallel adapter would change a shape, and for a

@@ -8,22 +8,22 @@ from typing import Any
 
 from clipfreeze.anatomy.parts import Anatomy, Parameter
 from clipfreeze.errors import Problem
-from clipfreeze.plan.adapter_sites import adapter_sites
+from clipfreeze.plan.adapter_sites import place_adapters
 from clipfreeze.plan.cascade import Speech
-from clipfreeze.plan.head_sites import head_sites
-from clipfreeze.plan.lora_sites import lora_sites, refuse_without_products
+from clipfreeze.plan.head_sites import place_head
+from clipfreeze.plan.lora_sites import place_lora, refuse_without_products
 from clipfreeze.plan.match import Address, Matcher
-from clipfreeze.plan.prompt_sites import couple_problems, prompt_sites
+from clipfreeze.plan.prompt_sites import couple_problems, place_prompts
 from clipfreeze.plan.sites import AdapterSite, AddedParameter, HeadSite, LoraSite, PromptSite, Site, SiteError
 from clipfreeze.policy.actions import ACTIONS, Action
 from clipfreeze.policy.loading import PlacedRule
 from clipfreeze.policy.patterns import PatternError
 
 SITES: dict[str, Callable[[Anatomy, Collection[Address], Any], Sequence[Site]]] = {
-    "lora": lora_sites,
-    "adapter": lambda anatomy, matched, spec: adapter_sites(anatomy, {index for index, _ in matched}, spec),
-    "prompt": lambda anatomy, matched, spec: prompt_sites(anatomy, {index for index, _ in matched}, spec),
-    "head": lambda anatomy, matched, spec: head_sites(anatomy, {index for index, _ in matched}, spec),
+    "lora": place_lora,
+    "adapter": lambda anatomy, matched, spec: place_adapters(anatomy, {index for index, _ in matched}, spec),
+    "prompt": lambda anatomy, matched, spec: place_prompts(anatomy, {index for index, _ in matched}, spec),
+    "head": lambda anatomy, matched, spec: place_head(anatomy, {index for index, _ in matched}, spec),
 }
 """Of each action, where it goes."""
 
@@ -79,9 +79,9 @@ def find_additions(anatomy: Anatomy, rules: Sequence[PlacedRule], problems: list
                 problems.append(Problem(str(error), error.fix, placed.path, placed.line))
     additions = Additions(words, matched, frozenset(refused))
     rule_of = {path: said[-1].rule for path, said in words.items()}
-    for site, error in couple_problems(additions.sites):
+    for site, wrong in couple_problems(additions.sites):
         placed = rules[rule_of[site.path] - 1]
-        problems.append(Problem(str(error), error.fix, placed.path, placed.line))
+        problems.append(Problem(str(wrong), wrong.fix, placed.path, placed.line))
     return additions
 
 

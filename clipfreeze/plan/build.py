@@ -118,7 +118,7 @@ class _Resolution:
     def _matched(self) -> list[frozenset[int]]:
         """What each rule matches; nothing for one that is switched off."""
         matcher = Matcher(self.anatomy)
-        matched = []
+        matched: list[frozenset[int]] = []
         for rule in self.rules:
             taken: frozenset[int] = frozenset()
             if rule.active and not rule.rule.said().keys() - ACTIONS.keys():
@@ -139,7 +139,12 @@ class _Resolution:
         """An action may not be left with nothing to act on where its patterns took something."""
         acts = rule.active and not rule.rule.optional and rule.rule.said().keys() & ACTIONS.keys()
         told = any((problem.path, problem.line) == (rule.path, rule.line) for problem in self.problems)
-        if not acts or told or self.additions.matched.get(number) or all(map(matcher.is_empty_by_count, rule.rule.match)):
+        if (
+            not acts
+            or told
+            or self.additions.matched.get(number)
+            or all(map(matcher.is_empty_by_count, rule.rule.match))
+        ):
             return
         if rule.rule.exclude:
             self._problem(rule, f"exclude = {rule.rule.exclude[-1]!r} takes out all that matched", "narrow it")

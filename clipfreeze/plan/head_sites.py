@@ -14,7 +14,7 @@ HEAD = "head"
 """Where it is in the model."""
 
 
-def head_sites(anatomy: Anatomy, matched: Collection[int], spec: Head) -> list[HeadSite]:
+def place_head(anatomy: Anatomy, matched: Collection[int], spec: Head) -> list[HeadSite]:
     """One classifier behind the vision tower: weight (C, D), and bias (C,) unless it is cosine.
 
     Raises SiteError when the rule matched something else than the vision tower, and for a cosine head of zeros.
@@ -23,7 +23,9 @@ def head_sites(anatomy: Anatomy, matched: Collection[int], spec: Head) -> list[H
         if parameter.tower != "vision":
             raise SiteError(f"head on {parameter.name}: it classifies what the vision tower gives", 'match = "@vision"')
     if spec.kind == "cosine" and spec.init == "zeros":
-        raise SiteError("a cosine head of zeros: rows without a direction learn nothing", 'init = "zero-shot" or "random"')
+        raise SiteError(
+            "a cosine head of zeros: rows without a direction learn nothing", 'init = "zero-shot" or "random"'
+        )
     classes, width = class_names(spec.classes), feature_width(anatomy)
     added = [AddedParameter(name="weight", shape=(len(classes), width))]
     if spec.kind == "linear":

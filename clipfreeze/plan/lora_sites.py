@@ -13,7 +13,7 @@ from clipfreeze.plan.sites import AddedParameter, LoraSite, SiteError
 from clipfreeze.policy.actions import Lora
 
 
-def lora_sites(anatomy: Anatomy, matched: Collection[Address], spec: Lora) -> list[LoraSite]:
+def place_lora(anatomy: Anatomy, matched: Collection[Address], spec: Lora) -> list[LoraSite]:
     """A site for each product among what a rule matched, or for those of `targets`.
 
     Raises SiteError for a target that nothing matched has, for a rank above the smaller side of a matrix, and when

@@ -10,7 +10,7 @@ from clipfreeze.plan.sites import AddedParameter, PromptSite, Site, SiteError
 from clipfreeze.policy.actions import Prompt
 
 
-def prompt_sites(anatomy: Anatomy, matched: Collection[int], spec: Prompt) -> list[PromptSite]:
+def place_prompts(anatomy: Anatomy, matched: Collection[int], spec: Prompt) -> list[PromptSite]:
     """A site for each tower that has one of the matched parameters.
 
     Raises SiteError for a tower that takes no prompt, for what only the other tower can have, and for a prompt that is

@@ -27,6 +27,7 @@ _TEXTS = WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "min
 Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_split), _TEXTS]
 Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(listed), _TEXTS]
 
+
 def distinct(names: Any) -> Any:
     """A list of names as a tuple of at least two, no two alike; a text is left as it is."""
     if not isinstance(names, (list, tuple)):
@@ -74,7 +75,7 @@ class Lora(Action):
     )
     init: Literal["default", "gaussian", "orthogonal", "pissa"] = Field(
         "default",
-        description="of A, B being zero; pissa: both from the largest singular vectors (arXiv 2404.02948), less the start",
+        description="of A, B being zero; pissa: both from the largest singular vectors, less the start (2404.02948)",
     )
     targets: Words | None = Field(
         None, description="of what the rule matches: q, k, v, out, fc1, fc2, or names of modules; if not said, all"

@@ -382,7 +382,7 @@ def _with_classes(
             folder = Path() if references(raw["classes"]) else document.path.parent
             try:
                 action = action.model_copy(update={"classes": read_classes(folder / said)})
-                rule = rule.model_copy(update={name: action})  # noqa: PLW2901 - with what it said put in
+                rule = rule.model_copy(update={name: action})
             except ValueError as error:
                 fix = 'write a file of one name a line, a list of names, "imagenet" or "data"'
                 problems.append(document.problem(("rule", number, name), f"classes: {error}", fix))

@@ -9,7 +9,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from clipfreeze.policy.actions import (
     ACTIONS,
-    Action,
     Adapter,
     Head,
     Lora,

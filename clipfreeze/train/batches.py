@@ -21,7 +21,7 @@ from clipfreeze.train.pictures import open_image
 
 Transform = Callable[[Image.Image], Tensor]
 Batch = dict[str, Tensor]
-"""image: (B, 3, H, W); text: (B, L) token ids and concepts: (B,) equal where pairs say the same; label: (B,) classes."""
+"""image: (B, 3, H, W); text: (B, L) ids and concepts: (B,) equal where pairs say the same; label: (B,) classes."""
 
 
 class Draw(NamedTuple):
@@ -119,7 +119,7 @@ class Tokenizer:
 
 
 class Collate:
-    """Samples to a batch; the first broken sample to its error. Text needs a tokenizer; labels are given if asked for."""
+    """Samples to a batch; the first broken sample to its error. Text needs a tokenizer; labels come if asked for."""
 
     def __init__(self, tokenizer: Tokenizer | None, labels: bool = False) -> None:
         self.tokenizer, self.labels = tokenizer, labels

@@ -20,12 +20,14 @@ def asks_for_classes(policy: Policy) -> bool:
 
 
 def with_classes(policy: Policy, train: PairSet) -> Policy:
-    """The policy with the classes of `train` where it leaves them to the data: names of class folders, or the distinct
-    captions, sorted. A head that says no templates of its own takes those of the data.
-    """
-    names = train.class_names or {caption for pair in train for caption in pair.captions}
-    rules = tuple(_filled(placed, tuple(sorted(names)), train.templates) for placed in policy.rules)
+    """The policy with the classes of `train` where it leaves them to the data, and its templates where it says none."""
+    rules = tuple(_filled(placed, classes_of(train), train.templates) for placed in policy.rules)
     return replace(policy, rules=rules)
+
+
+def classes_of(pairs: PairSet) -> tuple[str, ...]:
+    """Names of class folders, or the distinct captions, sorted."""
+    return tuple(sorted(pairs.class_names or {caption for pair in pairs for caption in pair.captions}))
 
 
 def _specs(placed: PlacedRule) -> list[Head | Prompt]:

@@ -11,8 +11,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from clipfreeze.stored import PLAN, WEIGHTS, whole_file
 from clipfreeze.errors import DataError, RunError
+from clipfreeze.stored import PLAN, WEIGHTS, whole_file
 
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"

@@ -12,8 +12,8 @@ import tomli
 from pydantic import Field, ValidationError
 
 from clipfreeze.errors import DataError, Problem
+from clipfreeze.policy.actions import Spec
 from clipfreeze.policy.loading import builtin_policies
-from clipfreeze.policy.schema import Spec
 from clipfreeze.train.folder import SPEC, write_text
 from clipfreeze.train.table import TableFormat
 

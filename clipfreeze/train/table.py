@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import Field
 
 from clipfreeze.errors import DataError, Problem, did_you_mean
-from clipfreeze.policy.schema import Spec
+from clipfreeze.policy.actions import Spec
 from clipfreeze.train.pairs import Pair, PairSet
 
 SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "pipe"}

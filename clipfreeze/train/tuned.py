@@ -14,8 +14,8 @@ from clipfreeze.train.pairs import PairSet
 
 
 def for_training(train: PairSet, sites: Sequence[Site]) -> PairSet:
-    """`train` as the plan reads it: a learned prompt takes the place of templates, a class-specific one takes bare class
-    names, and a head takes labels of its classes. Raises DataError for a caption that is none of the classes.
+    """`train` as the plan reads it: a learned prompt takes the place of templates, a class-specific one takes bare
+    class names, and a head takes labels of its classes. Raises DataError for a caption that is none of the classes.
     """
     if prompt := text_prompt_in(sites):
         train = by_name(relabelled(train, prompt.classes)) if prompt.classes else bare(train)

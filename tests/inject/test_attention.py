@@ -82,7 +82,7 @@ def test_attend_is_torch_s_own_attention_bit_for_bit(call):
         "bias_v": None,
         "add_zero_attn": False,
         "out_proj_bias": None,
-        **({"embed_dim": call["query"].shape[-1]}),
+        "embed_dim": call["query"].shape[-1],
     }
     results = []
     for function, name in ((attend, "embed_dim"), (functional.multi_head_attention_forward, "embed_dim_to_check")):

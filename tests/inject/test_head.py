@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from clipfreeze.anatomy.partition import describe
 from clipfreeze.errors import ApplyError
 from clipfreeze.inject.head import ClassHead, add_head
-from clipfreeze.plan.head_sites import head_sites
+from clipfreeze.plan.head_sites import place_head
 from clipfreeze.plan.sites import HeadSite
 from clipfreeze.policy.actions import Head
 
@@ -44,7 +44,7 @@ def site_of(model: nn.Module, **said: Any) -> HeadSite:
     anatomy = describe(model, "tiny")
     vision = {index for index, parameter in enumerate(anatomy.parameters) if parameter.tower == "vision"}
     spec = Head(**{"classes": CLASSES, "templates": TEMPLATES, **said})
-    return head_sites(anatomy, vision, spec)[0]
+    return place_head(anatomy, vision, spec)[0]
 
 
 def added(model: nn.Module, undo: ExitStack | None = None, fresh: bool = True, **said: Any) -> ClassHead:

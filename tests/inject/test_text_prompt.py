@@ -21,7 +21,7 @@ from clipfreeze.errors import ApplyError, DataError
 from clipfreeze.inject.factor import Factor
 from clipfreeze.inject.prompt import add_prompt
 from clipfreeze.inject.text_prompt import TextPrompt
-from clipfreeze.plan.prompt_sites import prompt_sites
+from clipfreeze.plan.prompt_sites import place_prompts
 from clipfreeze.policy.actions import Prompt
 
 import tiny
@@ -83,7 +83,7 @@ def put(model: Any, undo: ExitStack | None = None, tokenizer: Any = None, fresh:
     """The text prompt of three vectors."""
     anatomy = describe(model)
     matched = {index for index, parameter in enumerate(anatomy.parameters) if parameter.tower == "text"}
-    [site] = prompt_sites(anatomy, matched, Prompt(**{"length": 3, "std": 1.0, **said}))
+    [site] = place_prompts(anatomy, matched, Prompt(**{"length": 3, "std": 1.0, **said}))
     undo = ExitStack() if undo is None else undo
     prompt = add_prompt(site, model, undo, tokenizer, fresh)
     assert tuple(name for name, _ in model.named_parameters() if name.startswith("prompt.")) == site.names
@@ -397,7 +397,7 @@ def test_of_two_prompts_the_one_that_is_on_counts():
 def put_beside(model: Any, undo: ExitStack) -> Any:
     anatomy = describe(tiny.clip_vit())
     matched = {index for index, parameter in enumerate(anatomy.parameters) if parameter.tower == "text"}
-    [site] = prompt_sites(anatomy, matched, Prompt(length=2, std=1.0))
+    [site] = place_prompts(anatomy, matched, Prompt(length=2, std=1.0))
     return add_prompt(site, model, undo, None, True)
 
 

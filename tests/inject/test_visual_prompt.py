@@ -15,7 +15,7 @@ from clipfreeze.anatomy.partition import describe
 from clipfreeze.inject.factor import Factor
 from clipfreeze.inject.prompt import add_prompt
 from clipfreeze.inject.visual_prompt import VisualPrompt
-from clipfreeze.plan.prompt_sites import prompt_sites
+from clipfreeze.plan.prompt_sites import place_prompts
 from clipfreeze.policy.actions import Prompt
 
 import tiny
@@ -44,7 +44,7 @@ def put(model: Any, *towers: str, undo: ExitStack | None = None, fresh: bool = T
     """A prompt of three vectors in each of the towers."""
     anatomy = describe(model)
     matched = {index for index, parameter in enumerate(anatomy.parameters) if parameter.tower in towers}
-    sites = prompt_sites(anatomy, matched, Prompt(**{"length": 3, "std": 1.0, **said}))
+    sites = place_prompts(anatomy, matched, Prompt(**{"length": 3, "std": 1.0, **said}))
     undo = ExitStack() if undo is None else undo
     prompts: list[Any] = [
         add_prompt(site, model, undo, None, fresh) for site in sorted(sites, key=lambda site: str(site.tower))
@@ -211,7 +211,7 @@ def test_of_two_prompts_the_one_that_is_on_counts(name):
     model.prompt_second = model._modules.pop("prompt")  # as a second policy's is named
     anatomy = describe(built(name))
     matched = {index for index, parameter in enumerate(anatomy.parameters) if parameter.tower == "vision"}
-    [site] = prompt_sites(anatomy, matched, Prompt(length=2, std=1.0))
+    [site] = place_prompts(anatomy, matched, Prompt(length=2, std=1.0))
     undo = ExitStack()
     second = add_prompt(site, model, undo, None, True)
     first.set_strength(0.0)

@@ -12,7 +12,7 @@ from clipfreeze.anatomy.partition import describe
 from clipfreeze.anatomy.parts import Anatomy
 from clipfreeze.errors import PlanError
 from clipfreeze.models import build_on_meta
-from clipfreeze.plan.adapter_sites import adapter_sites
+from clipfreeze.plan.adapter_sites import place_adapters
 from clipfreeze.plan.build import resolve
 from clipfreeze.plan.sites import AdapterSite, SiteError
 from clipfreeze.policy.actions import Adapter
@@ -28,7 +28,7 @@ def anatomy(family: str = "clip_vit") -> Anatomy:
 def sites(of: Anatomy, match: str, **said: object) -> list[AdapterSite]:
     """Of the parameters whose role or name begins so."""
     matched = {i for i, p in enumerate(of.parameters) if f"@{p.role}".startswith(match) or p.name.startswith(match)}
-    return adapter_sites(of, matched, Adapter(**said))  # type: ignore[arg-type]
+    return place_adapters(of, matched, Adapter(**said))  # type: ignore[arg-type]
 
 
 VIT = {"attn": ("attn", "attn"), "mlp": ("mlp.c_fc", "mlp.c_proj")}
@@ -122,7 +122,7 @@ def test_one_parameter_of_a_block_is_enough_and_other_blocks_stay():
     of = anatomy()
     found = sites(of, "visual.transformer.resblocks.1.ln_1.weight", dim=4, after="both")
     assert [site.path.partition("resblocks.")[2] for site in found] == ["1.adapter.attn", "1.adapter.mlp"]
-    both = adapter_sites(of, range(len(of.parameters)), Adapter(dim=4, after="attn"))
+    both = place_adapters(of, range(len(of.parameters)), Adapter(dim=4, after="attn"))
     assert [(site.tower, site.block) for site in both] == [(t, i) for t in ("vision", "text") for i in range(3)]
 
 
@@ -155,7 +155,7 @@ def test_behind_a_tower_there_is_one_on_its_features(family):
         ),
     }[family]
     of = anatomy(family)
-    found = adapter_sites(of, range(len(of.parameters)), Adapter(after="tower"))
+    found = place_adapters(of, range(len(of.parameters)), Adapter(after="tower"))
     assert [(site.path, site.target, site.factor) for site in found] == [("visual.adapter", "visual", False), text]
     for site in found:
         assert (site.width_in, site.width_out, site.dim, site.block) == (tiny.EMBED_DIM, tiny.EMBED_DIM, 4, None)
@@ -178,11 +178,11 @@ def test_the_bottleneck_of_features_is_a_share_of_them(said, dim):
 )
 def test_real_models_of_every_kind_take_the_defaults(name):
     of = describe(build_on_meta(name), name)
-    blocks = adapter_sites(of, range(len(of.parameters)), Adapter())
+    blocks = place_adapters(of, range(len(of.parameters)), Adapter())
     assert len(blocks) == sum(len(tower.blocks) for tower in of.towers)
     assert {site.dim for site in blocks} == {64}
     width = open_clip.get_model_config(name)["embed_dim"]
-    assert {site.width_out for site in adapter_sites(of, range(len(of.parameters)), Adapter(after="tower"))} == {width}
+    assert {site.width_out for site in place_adapters(of, range(len(of.parameters)), Adapter(after="tower"))} == {width}
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_told_with_what_would(family, match, said, what, fi
 def test_the_tower_without_such_a_part_is_named_also_when_the_other_has_it():
     of = anatomy("clip_resnet")
     with pytest.raises(SiteError, match="in the vision tower has one"):
-        adapter_sites(of, range(len(of.parameters)), Adapter(after="attn"))
+        place_adapters(of, range(len(of.parameters)), Adapter(after="attn"))
 
 
 def test_a_block_without_products_is_told():

@@ -6,17 +6,17 @@ from typing import Any
 
 import open_clip
 import pytest
+from made import anatomy
 
 from clipfreeze.anatomy.partition import describe
 from clipfreeze.anatomy.parts import Anatomy
 from clipfreeze.models import build_on_meta
 from clipfreeze.plan.classes import class_names
-from clipfreeze.plan.head_sites import head_sites
+from clipfreeze.plan.head_sites import place_head
 from clipfreeze.plan.sites import HeadSite, SiteError
 from clipfreeze.policy.actions import Head
 
 import tiny
-from made import anatomy
 
 
 def tower(found: Anatomy, name: str | None) -> set[int]:
@@ -25,7 +25,7 @@ def tower(found: Anatomy, name: str | None) -> set[int]:
 
 def sites(found: Anatomy | None = None, **said: Any) -> list[HeadSite]:
     found = found or anatomy()
-    return head_sites(found, tower(found, "vision"), Head(**{"classes": ["cat", "dog", "cow"], **said}))
+    return place_head(found, tower(found, "vision"), Head(**{"classes": ["cat", "dog", "cow"], **said}))
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -67,7 +67,7 @@ def test_classes_of_data_are_known_to_a_run_alone() -> None:
 def test_a_head_takes_the_vision_tower_alone(other: str | None) -> None:
     wrong = tower(anatomy(), other)
     with pytest.raises(SiteError, match="the vision tower gives") as caught:
-        head_sites(anatomy(), tower(anatomy(), "vision") | wrong, Head(classes=("cat", "dog")))
+        place_head(anatomy(), tower(anatomy(), "vision") | wrong, Head(classes=("cat", "dog")))
     assert anatomy().parameters[min(wrong)].name in str(caught.value)
     assert caught.value.fix == 'match = "@vision"'
 

@@ -8,7 +8,7 @@ import pytest
 
 from clipfreeze.anatomy.partition import describe
 from clipfreeze.anatomy.parts import Anatomy, Tokens
-from clipfreeze.plan.prompt_sites import couple_problems, prompt_sites
+from clipfreeze.plan.prompt_sites import couple_problems, place_prompts
 from clipfreeze.plan.sites import PromptSite, SiteError
 from clipfreeze.policy.actions import Prompt
 
@@ -26,7 +26,7 @@ def anatomy() -> Anatomy:
 def sites(*towers: str, of: Anatomy | None = None, **said: object) -> list[PromptSite]:
     of = of or anatomy()
     matched = {index for index, parameter in enumerate(of.parameters) if parameter.tower in towers}
-    return prompt_sites(of, matched, Prompt(**said))  # type: ignore[arg-type]
+    return place_prompts(of, matched, Prompt(**said))  # type: ignore[arg-type]
 
 
 def shapes(found: list[PromptSite]) -> dict[str, tuple[int, ...]]:
@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_told_with_what_would(towers, said, what, fix):
     of = anatomy()
     matched = {i for i, p in enumerate(of.parameters) if p.tower in towers} or {len(of.parameters) - 1}
     with pytest.raises(SiteError) as error:
-        prompt_sites(of, matched, Prompt(**said))
+        place_prompts(of, matched, Prompt(**said))
     assert what in str(error.value)
     assert fix in str(error.value.fix)
 

@@ -1,0 +1,1 @@
+"""LoRA that others saved, as a plan and its tensors."""
