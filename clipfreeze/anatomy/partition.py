@@ -31,9 +31,6 @@ FACTORS = ("proj", "text_projection")
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """How the only child is called of DataParallel, DistributedDataParallel and AveragedModel, torch.compile, FSDP."""
 
-UNCALLED = ".attnpool.c_proj."
-"""ModifiedResNet hands these weights to a function of its own."""
-
 Layouts = Mapping[type[nn.Module], Callable[[nn.Module], Layout]]
 
 
@@ -142,7 +139,6 @@ def _parameter(
         tags=frozenset(tags),
         slots=slots,
         fixed=place.role.endswith(".embed") and _is_fixed(tensor, owner),
-        called=UNCALLED not in name,
         aliases=aliases,
         product=_product(name.rpartition(".")[2], tensor, owner, slots),
     )

@@ -31,9 +31,8 @@ class Parameter:
     are None outside `blocks`. `slots` is ("q", "k", "v") for a fused weight or bias, ("q",) for one that stands alone.
     `product` is how the model multiplies by it, or None: the weight (out, in) of a linear map, of a convolution, a bare
     factor (in, out), a table of embeddings.
-    `fixed` says that the model itself never trains it (sin-cos position embeddings). `called` is
-    False where a module's weight is read without a call of the module, so that its input is out of reach. `aliases` are
-    the other names of a tied tensor.
+    `fixed` says that the model itself never trains it (sin-cos position embeddings). `aliases` are the other names of a
+    tied tensor.
 
     What a policy adds has the action as its role, `beside` the role of what it works on, and `lr_ratio`, by which its
     learning rate is multiplied.
@@ -48,7 +47,6 @@ class Parameter:
     tags: frozenset[str] = frozenset()
     slots: tuple[str, ...] = ()
     fixed: bool = False
-    called: bool = True
     aliases: tuple[str, ...] = ()
     product: Literal["linear", "conv", "factor", "embedding"] | None = None
     beside: str | None = None

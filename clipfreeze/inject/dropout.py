@@ -8,24 +8,20 @@ from contextlib import ExitStack
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clipfreeze.anatomy.partition import UNCALLED
 from clipfreeze.errors import Problem
 from clipfreeze.inject.factor import Product, add_effect
 from clipfreeze.plan.value import PlannedParameter
 
 
 def dropout_problems(planned: Iterable[PlannedParameter], model: nn.Module) -> Iterator[Problem]:
-    """Projections whose input is out of reach, and those of which weight and bias disagree."""
+    """What is no projection, and projections of which weight and bias disagree."""
     rates: dict[str, float] = {}
     for parameter in planned:
         if parameter.dropout is None:
             continue
         path, _, leaf = parameter.name.rpartition(".")
         owner, what = model.get_submodule(path), f"dropout on {parameter.name}"
-        if UNCALLED in parameter.name:
-            pool = path.rpartition(".")[0]
-            yield Problem(f"{what}: {pool} multiplies by it without calling it", "leave out the dropout here")
-        elif isinstance(owner, nn.Linear):
+        if isinstance(owner, nn.Linear):
             if rates.setdefault(path, parameter.dropout) != parameter.dropout:
                 yield Problem(f"{what} is {parameter.dropout}, but {rates[path]} on its weight", "say one for both")
         elif leaf not in ("proj", "text_projection"):  # what open_clip's towers multiply by

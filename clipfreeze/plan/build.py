@@ -222,13 +222,8 @@ class _Resolution:
     def _check_dropout(self, rule: PlacedRule, of: list[int]) -> None:
         for parameter in (self.anatomy.parameters[index] for index in of):
             if not parameter.role.endswith(".proj"):
-                what, fix = "is no projection", 'write match = "@proj"'
-            elif not parameter.called:
-                what, fix = "the model multiplies by without calling it", f"exclude = {parameter.name!r}"
-            else:
-                continue
-            self._problem(rule, f"dropout on {parameter.name}, which {what}", fix)
-            return
+                self._problem(rule, f"dropout on {parameter.name}, which is no projection", 'write match = "@proj"')
+                return
 
     def _last_word(self, index: int, rule: PlacedRule) -> int:
         """The last rule to outvote `rule` on some setting of a parameter."""

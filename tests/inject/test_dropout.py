@@ -86,7 +86,7 @@ def test_names_and_parameters_stay_as_they_were():
         assert (model.proj.shape, model.proj.requires_grad) == (parameter.shape, True)
         assert torch.equal(model.proj.T, parameter.T)
         assert torch.equal(torch.add(model.proj, 1), parameter + 1)
-        assert torch.equal(functional.linear(torch.ones(2, 3), weight=model.proj), torch.ones(2, 3) @ parameter.T)
+        assert torch.equal(functional.normalize(input=model.proj), functional.normalize(parameter))
         assert not isinstance(model.proj, nn.Parameter)
         model.load_state_dict({"proj": torch.zeros(4, 3)})
         assert not model(torch.ones(2, 4)).any()
@@ -105,7 +105,7 @@ def test_a_tower_in_eval_drops_nothing_while_the_rest_trains():
     assert torch.equal(quiet, model.encode_image(images))
 
 
-@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name != "clip_resnet"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_projection_of_every_family_drops(family):
     torch.manual_seed(0)
     model = tiny.FAMILIES[family]().eval()
@@ -121,12 +121,6 @@ def test_every_projection_of_every_family_drops(family):
             assert not torch.equal(encode(batch), quiet), name
             owner.training = False
         assert torch.equal(encode(batch), quiet)
-
-
-def test_a_projection_that_is_never_called_is_refused():
-    model = tiny.clip_resnet()
-    problems = [p.what for p in dropout_problems(plans(model, {"visual.attnpool.c_proj.weight": 0.1}), model)]
-    assert problems == ["dropout on visual.attnpool.c_proj.weight: visual.attnpool multiplies by it without calling it"]
 
 
 def test_weight_and_bias_that_disagree_are_refused():
