@@ -34,7 +34,8 @@ def features(model: nn.Module) -> tuple[Tensor, Tensor]:
 def loss_of(model: nn.Module) -> Tensor:
     image, text = (functional.normalize(feature, dim=-1) for feature in features(model))
     logits = model.logit_scale.exp() * image @ text.T
-    return functional.cross_entropy(logits, torch.arange(len(logits)))
+    loss = functional.cross_entropy(logits, torch.arange(len(logits)))
+    return loss + model.head(image).square().mean() if "head" in dict(model.named_children()) else loss
 
 
 def train(applied: Applied, steps: int = 2) -> None:

@@ -207,6 +207,14 @@ def hf_text(architecture: str = "roberta", pooler: str = "mean_pooler", proj: st
     return model
 
 
+KNOBS: dict[str, dict[str, Any]] = {
+    "adapter": {"dim": 8},
+    "prompt": {"init": "random", "length": 2},
+    "lora_prompt": {"init": "random", "length": 2},
+    "head": {"init": "random"},
+}
+"""What built-in policies need on models as narrow as these, and with a vocabulary that is not CLIP's."""
+
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "clip_vit": clip_vit,
     "clip_resnet": clip_resnet,

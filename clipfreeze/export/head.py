@@ -34,6 +34,7 @@ def write_head(applied: Applied, loaded: Loaded, folder: Path, classes: Sequence
     before anything is written, for a policy without head and text prompt, and for classes that are missing or not its
     own.
     """
+    applied.trainable()  # refuses what was removed
     model: Any = loaded.model
     names = _names(applied, classes)
     with torch.no_grad(), evaluating(model):
@@ -66,7 +67,7 @@ def reload_lines(folder: Path) -> list[str]:
 def changes_vision(applied: Applied) -> bool:
     """Whether the layer needs the features of the tuned vision tower, and not those of the base."""
     own = any(p.role.startswith("vision.") and (p.trainable or p.init is not None) for p in applied.plan.parameters)
-    return own or any(site.tower == "vision" for site, _ in applied.additions)
+    return own or any(site.tower == "vision" and site.kind != "head" for site, _ in applied.additions)
 
 
 def _head(applied: Applied) -> ClassHead | None:

@@ -260,7 +260,7 @@ def _tensors(model: nn.Module, modules: Mapping[str, _Held], dora: bool) -> dict
 
 
 def _by_key(kind: type[nn.Module], weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None) -> dict[str, Tensor]:
-    if kind is nn.Embedding:
+    if issubclass(kind, nn.Embedding):
         found = {"lora_embedding_A": a, "lora_embedding_B": b}
     elif issubclass(kind, nn.Conv2d):
         found = {"lora_A.weight": a.view(len(a), *weight.shape[1:]), "lora_B.weight": b[:, :, None, None]}
@@ -279,7 +279,7 @@ def _joined(parts: Sequence[Part], held: _Held, weight: Tensor) -> tuple[Tensor,
     1 - s + s g. One without DoRA has gain 1.
     """
     matrix = wide(weight)
-    matrix = matrix.T if held.kind is nn.Embedding else matrix.flatten(1)
+    matrix = matrix.T if issubclass(held.kind, nn.Embedding) else matrix.flatten(1)
     a_parts, b_parts = [matrix.new_zeros(0, matrix.shape[1])], [matrix.new_zeros(len(matrix), 0)]
     gains = matrix.new_ones(len(matrix))
     for site, lora in parts:

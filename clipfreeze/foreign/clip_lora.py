@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from clipfreeze.anatomy.parts import Anatomy, Parameter
 from clipfreeze.errors import ApplyError, Problem
-from clipfreeze.foreign.factors import Factors
+from clipfreeze.foreign.factors import Factors, reason
+from clipfreeze.foreign.pickled import read_pickle
 from clipfreeze.plan.lora_sites import matrix_shape
 from clipfreeze.policy.actions import Lora
 
@@ -45,8 +43,8 @@ def read_clip_lora(path: Path, anatomy: Anatomy) -> list[Factors]:
         # Their scale is alpha / sqrt(r), whatever the paper of LoRA says.
         spec = Lora(rank=metadata["r"], alpha=float(metadata["alpha"]), variant="rslora")
         blocks = _blocks(metadata["encoder"], metadata["position"], len(layers), anatomy)
-    except (KeyError, TypeError, ValueError, ValidationError) as error:
-        what = f"its metadata are not CLIP-LoRA's: {str(error).splitlines()[0]}"
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"its metadata are not CLIP-LoRA's: {reason(error)}"
         raise ApplyError(Problem(what, "r, alpha, encoder, params and position are needed", str(path))) from error
     if blocks is None:
         what = f"{len(layers)} layers for encoder {metadata['encoder']!r} and position {metadata['position']!r}"
@@ -66,14 +64,7 @@ def read_clip_lora(path: Path, anatomy: Anatomy) -> list[Factors]:
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        what = f"cannot be read as plain tensors: {str(error).splitlines()[0]}"
-        raise ApplyError(
-            Problem(what, "give a folder that save() or PEFT wrote, or a file of CLIP-LoRA", str(path))
-        ) from error
-    match saved:
+    match read_pickle(path, "give a folder that save() or PEFT wrote, or a file of CLIP-LoRA"):
         case {"weights": dict() as weights, "metadata": dict() as metadata}:
             return weights, metadata
     what = "is no file of CLIP-LoRA: that has weights and metadata"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from clipfreeze.policy.actions import Lora
@@ -38,3 +39,11 @@ class Factors:
         alpha = spec.scaling * (len(a) ** 0.5 if spec.variant == "rslora" else len(a))
         spec = spec.model_copy(update={"rank": len(a), "alpha": alpha})
         return cls(parameter, slot, spec, a.contiguous(), b.contiguous(), magnitude)
+
+
+def reason(error: Exception) -> str:
+    """In one line, why something is no LoRA."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error).splitlines()[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from clipfreeze.anatomy.parts import Anatomy, Parameter
 from clipfreeze.errors import ApplyError, Problem, did_you_mean
-from clipfreeze.foreign.factors import Factors
+from clipfreeze.foreign.factors import Factors, reason
+from clipfreeze.foreign.pickled import read_pickle
 from clipfreeze.plan.lora_sites import matrix_shape
 from clipfreeze.policy.actions import Lora
 
@@ -45,6 +44,8 @@ _WITHOUT_EFFECT = frozenset(
     )
 )
 """Keys that are read, or say nothing of what the saved tensors do. Any other that is set means what we do not know."""
+
+_GIVE = "give a folder that PEFT saved"
 
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Those that leave the base weights as they are."""
@@ -86,7 +87,7 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ApplyError(Problem(f"cannot be read: {error}", "give a folder that PEFT saved", str(path))) from error
+        raise ApplyError(Problem(f"cannot be read: {error}", _GIVE, str(path))) from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise ApplyError(Problem(f"peft_type is {kind!r}: LORA alone can be read", None, str(path)))
@@ -105,19 +106,37 @@ def _config(path: Path) -> dict[str, Any]:
         problems.append(Problem(what, fix, str(path)))
     if not problems:
         try:
-            _spec(config, "", 1)
-        except (ValidationError, TypeError, ValueError, re.error) as error:
-            problems.append(Problem(f"says no LoRA: {str(error).splitlines()[-1].strip()}", None, str(path)))
+            _check_values(config)
+        except (TypeError, ValueError, re.error) as error:
+            problems.append(Problem(f"says no LoRA: {reason(error)}", None, str(path)))
     if problems:
         raise ApplyError(problems)
     return config
 
 
-def _modules(path: Path) -> Iterator[_Module]:
+def _check_values(config: Mapping[str, Any]) -> None:
+    """ValueError, TypeError or re.error for what PEFT could not work with either."""
+    ranks, alphas = (dict(config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern"))
+    for pattern in (*ranks, *alphas):
+        re.compile(pattern)
+    for alpha in (config.get("lora_alpha", 8), *alphas.values()):
+        _spec({**config, "lora_alpha": alpha, "alpha_pattern": None}, "", 1)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":
+        saved = read_pickle(path, _GIVE)
+        if isinstance(saved, dict) and all(isinstance(tensor, Tensor) for tensor in saved.values()):
+            return saved
+        raise ApplyError(Problem("holds more than tensors by their names", _GIVE, str(path)))
     try:
-        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise ApplyError(Problem(f"cannot be read: {error}", "give a folder that PEFT saved", str(path))) from error
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ApplyError(Problem(f"cannot be read: {error}", _GIVE, str(path))) from error
+
+
+def _modules(path: Path) -> Iterator[_Module]:
+    tensors = _tensors(path)
     by_module: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, tensor in tensors.items():

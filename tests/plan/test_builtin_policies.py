@@ -78,6 +78,18 @@ TRAINS = [  # policy, knobs, what trains in a ViT CLIP of 3 + 3 blocks
     ("logit_scale", {}, SCALE),
     ("lora", {}, {f"lora[{i}]" for i in range(3)}),
     ("lora", {"last": 1, "towers": "text", "targets": "fc1,c_proj"}, {"lora[2]"}),
+    ("adapter", {"dim": 8}, {f"adapter[{i}]" for i in range(3)}),
+    (
+        "adapter",
+        {"dim": 8, "towers": "text", "after": "both", "placement": "parallel"},
+        {"adapter[0]", "adapter[1]", "adapter[2]"},
+    ),
+    ("prompt", {}, {"prompt"}),
+    ("prompt", {"length": 3, "depth": 2, "visual": 2, "init": "random"}, {"prompt", "prompt[0]"}),
+    ("prompt", {"couple": True}, {"prompt", "prompt[0]"}),
+    ("lora_prompt", {}, {f"lora[{i}]" for i in range(3)} | {"prompt"}),
+    ("head", {}, {"head"}),
+    ("head", {"last": 1, "init": "zeros"}, {"head", "vision.blocks[2]", "vision.norm", "vision.proj"}),
 ]
 
 
@@ -96,7 +108,7 @@ def test_norm_bias_trains_norms_and_output_biases_alone():
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("model", tiny.FAMILIES)
 def test_policies_plan_on_every_family_and_leave_no_decay_where_there_should_be_none(name, model):
-    plan = resolve(load_policy(name), describe(tiny.FAMILIES[model](), model))
+    plan = resolve(load_policy(name, **tiny.KNOBS.get(name, {})), describe(tiny.FAMILIES[model](), model))
     for parameter in plan.trainable:
         if len(parameter.shape) < 2 or parameter.role in ("logit_scale", "logit_bias"):
             assert parameter.weight_decay == 0, parameter.name
