@@ -4,15 +4,20 @@ import copy
 from dataclasses import dataclass
 from functools import partial
 
+import open_clip
 import pytest
 import torch
 from life import SGD, assert_same, features, loss_of, made, picture, planned, train, weights
 from torch import nn
 
 from clipfreeze import changes
+from clipfreeze.anatomy.partition import describe
 from clipfreeze.changes import Applied, apply
 from clipfreeze.errors import ApplyError, PlanError
 from clipfreeze.inject.addition import Addition
+from clipfreeze.models import build_on_meta
+from clipfreeze.plan.build import resolve
+from clipfreeze.policy.loading import load_policy
 
 import tiny
 
@@ -262,3 +267,20 @@ def test_compiled_it_computes_the_same(name, tmp_path):
     images, tokens = tiny.images(model), tiny.tokens(model)
     for ours, theirs in zip(compiled(images, tokens), model(images, tokens), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", [("lora", {}), ("adapter", {}), ("prompt", {"init": "random"})], ids=lambda p: p[0])
+@pytest.mark.parametrize(
+    "name", ["ViT-S-32", "RN50", "MobileCLIP-S1", "EVA02-B-16", "ViT-B-16-SigLIP", "coca_ViT-B-32"]
+)
+def test_law_4_on_real_models_the_plan_made_without_weights_is_what_apply_does(name, policy):
+    plan = resolve(load_policy(policy[0], **policy[1]), describe(build_on_meta(name), name))
+    model = open_clip.create_model(name)
+    keys = list(model.state_dict())
+    applied = apply(plan, model)
+    shapes = {p.name: p.shape for p in plan.trainable}
+    assert {n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad} == shapes
+    groups = {group["name"]: sum(p.numel() for p in group["params"]) for group in applied.optimizer().param_groups}
+    assert groups == {group.name: group.parameters for group in plan.groups}
+    applied.remove()
+    assert list(model.state_dict()) == keys

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,17 @@ def read_clip_lora(path: Path, anatomy: Anatomy) -> list[Factors]:
         raise ApplyError(Problem(f"{what}, the model has {count} blocks", "it was made for another model", str(path)))
     factors, problems = [], []
     for number, (tower, block) in enumerate(blocks):
-        for name, pair in _pairs(layers.get(f"layer_{number}")):
+        place = f"{tower} block {block}"
+        layer = layers.get(f"layer_{number}")
+        if not isinstance(layer, dict):
+            problems.append(Problem(f"layer_{number}, {place}: is missing", None, str(path)))
+            continue
+        for name, pair in layer.items():
             found = _factors(pair, _address(anatomy, tower, block, SLOTS.get(name)), spec)
             if isinstance(found, Factors):
                 factors.append(found)
             else:
-                problems.append(Problem(f"layer_{number}.{name}, {tower} block {block}: {found}", None, str(path)))
+                problems.append(Problem(f"layer_{number}.{name}, {place}: {found}", None, str(path)))
     if problems or not factors:
         raise ApplyError(problems or Problem("no factors in it", None, str(path)))
     return factors
@@ -83,11 +88,6 @@ def _blocks(encoder: str, position: str, layers: int, anatomy: Anatomy) -> list[
         if len(blocks) == layers and all(index < counts[tower] for tower, index in blocks):
             return blocks
     return None
-
-
-def _pairs(layer: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(layer, dict):
-        yield from layer.items()
 
 
 def _address(anatomy: Anatomy, tower: str, block: int, slot: str | None) -> tuple[Parameter, str | None] | None:

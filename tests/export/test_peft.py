@@ -12,6 +12,7 @@ import torch
 from by_hand import assert_near, stir
 from life import SGD, assert_same, features, picture, planned, train, weights
 
+import clipfreeze
 from clipfreeze import models
 from clipfreeze.changes import apply
 from clipfreeze.errors import ApplyError, DataError, ExportError
@@ -53,11 +54,15 @@ def put_on(base, folder):
     return encoded(base)
 
 
+def assert_all_near(found, expected):
+    for theirs, ours in zip(found, expected, strict=True):
+        assert_near(theirs, ours, 1e-5)
+
+
 def assert_peft_says_the_same(applied, loaded, base, out):
     expected, plain = encoded(loaded.model), encoded(base)
     assert write_peft(applied, loaded, out) < 1e-4
-    for found, ours in zip(put_on(base, out), expected, strict=True):
-        assert_near(found, ours, 1e-5)
+    assert_all_near(put_on(base, out), expected)
     assert not all(map(partial(torch.allclose, rtol=0.01), expected, plain))
 
 
@@ -110,6 +115,16 @@ HELD = {
 def test_peft_gives_the_same_features_from_the_folder(adapted, tmp_path, case):
     family, rules = HELD[case]
     assert_peft_says_the_same(*adapted(rules, family), tmp_path / "out")
+
+
+@pytest.mark.parametrize("case", HELD)
+def test_clipfreeze_reads_its_own_folder(adapted, tmp_path, case):
+    family, rules = HELD[case]
+    applied, loaded, base = adapted(rules, family)
+    expected = encoded(loaded.model)
+    write_peft(applied, loaded, tmp_path / "out")
+    clipfreeze.load(tmp_path / "out", base)
+    assert_all_near(encoded(base), expected)
 
 
 @pytest.mark.parametrize("case", ["q, k, v and out", "pissa", "dora", "dora in rows of a fused linear"])
@@ -178,8 +193,7 @@ def test_the_printed_line_puts_the_adapter_on_the_embedded_model(tmp_path):
     expected = encoded(loaded.model)
     write_peft(applied, loaded, tmp_path / "out")
     adapted = eval(reload_line(loaded, tmp_path / "out"), {"open_clip": open_clip, "peft": peft})
-    for found, ours in zip(encoded(adapted.base_model.model), expected, strict=True):
-        assert_near(found, ours, 1e-5)
+    assert_all_near(encoded(adapted.base_model.model), expected)
 
 
 def test_the_printed_line_names_the_weights_of_the_base(build, tmp_path):
