@@ -5,6 +5,7 @@ import sys
 
 import open_clip
 import pytest
+import safetensors
 import torch
 import transformers
 
@@ -37,9 +38,9 @@ def work(tmp_path, monkeypatch, cli):
         rows.append(f"{index}.webp,{picture.name}")
     (tmp_path / "data.csv").write_text("\n".join(["image,caption", *rows]) + "\n", encoding="utf-8")
 
-    def train(policy="projections", model="demo"):
+    def train(policy="projections", model="demo", *more):
         data = ("--data", "data.csv", "--val", "data.csv", "--epochs", "1", "--batch-size", "6", "--out", "run")
-        code, _, err = cli("train", policy, "--model", model, *data)
+        code, _, err = cli("train", policy, "--model", model, *data, *more)
         assert code == 0, err
 
     return train
@@ -98,7 +99,7 @@ def test_what_apply_left_needs_the_name_of_its_model(cli, tmp_path, monkeypatch)
     assert cli("apply", "projections", "--model", "demo", "--out", "ready")[0] == 0
     code, _, err = cli("export", "ready", "--to", "open_clip")
     assert code == 2
-    assert "ready has no run.toml that names its base model" in err
+    assert "nothing in ready names its base model" in err
     assert "--model" in err
     code, out, err = cli("export", "ready", "--to", "open_clip", "--model", "demo")
     assert code == 0, err
@@ -135,9 +136,142 @@ def test_a_run_without_weights_is_refused(work, cli, tmp_path):
     assert "ended before its first epoch was saved" in err
 
 
+def said_of_classes(model, names):
+    """Logits of the tuned model itself for one picture."""
+    tokens = open_clip.get_tokenizer(models.load("demo").name)(list(names))
+    with torch.no_grad():
+        image = model.encode_image(torch.ones(1, 3, 64, 64), normalize=True)
+        return model.logit_scale.exp() * image @ model.encode_text(tokens, normalize=True).T
+
+
+def layer_of(lines):
+    """As the three printed lines make and use it."""
+    names = {"torch": torch, "safetensors": safetensors}
+    exec("\n".join(lines[:2]), names)
+    return lambda model, images: eval(lines[2], {**names, "model": model, "images": images})
+
+
+def assert_layer_says(lines, folder, model, classes):
+    assert json.loads((folder / "head.json").read_text(encoding="utf-8"))["classes"] == list(classes)
+    with torch.no_grad():
+        found = layer_of(lines)(model, torch.ones(1, 3, 64, 64))
+    torch.testing.assert_close(found, said_of_classes(model, classes), rtol=0, atol=1e-4)
+
+
+def test_a_lora_run_goes_to_peft(work, cli):
+    peft = pytest.importorskip("peft")
+    work("lora", "demo", "--set", "lr=0.1", "--set", "targets=q,v", "--set", "dropout=0.1")
+    expected = encode(tuned("demo"))
+    assert not torch.allclose(expected, encode(models.load("demo").model), rtol=0, atol=1e-3)
+    code, out, err = cli("export", "run", "--to", "peft")
+    assert code == 0, err
+    first, note, line = out.splitlines()
+    assert first.startswith("wrote run/peft: max difference ")
+    assert note.startswith("note: PEFT's attention applies no dropout")
+    adapted = eval(line, {"open_clip": open_clip, "peft": peft})
+    torch.testing.assert_close(encode(adapted.base_model.model), expected, rtol=0, atol=1e-5)
+
+
+def test_a_prompt_run_goes_to_a_classifier_of_its_data_or_of_a_file(work, cli, tmp_path):
+    work("prompt", "demo", "--set", "lr=0.1", "--set", "visual=0")
+    model = tuned("demo")
+    code, out, err = cli("export", "run", "--to", "head", "--classes", "data")
+    assert code == 0, err
+    first, *lines = out.splitlines()
+    assert first.startswith("wrote run/head: max difference ")
+    captions = [line.split(",")[1] for line in (tmp_path / "data.csv").read_text(encoding="utf-8").splitlines()[1:]]
+    assert_layer_says(lines, tmp_path / "run" / "head", model, sorted(set(captions)))
+
+    (tmp_path / "classes.txt").write_text("red cat\nblue dog\n\ncow\n", encoding="utf-8")
+    code, out, err = cli("export", "run", "--to", "head", "--classes", "classes.txt", "--out", "other")
+    assert code == 0, err
+    assert_layer_says(out.splitlines()[1:], tmp_path / "other", model, ("red cat", "blue dog", "cow"))
+
+    code, out, err = cli("export", "run", "--to", "head")
+    assert (code, out) == (2, "")
+    assert "which ones the classifier shall tell apart" in err
+
+
+def test_a_classifier_of_a_tuned_vision_tower_says_so(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "classes.txt").write_text("cat\ndog\n", encoding="utf-8")
+    assert cli("apply", "lora_prompt", "--model", "demo", "--out", "ready")[0] == 0
+    code, out, err = cli("export", "ready", "--to", "head", "--model", "demo", "--classes", "classes.txt")
+    assert code == 0, err
+    assert out.splitlines()[1].startswith("note: the image features are those of the tuned vision tower")
+
+
+@pytest.mark.parametrize("target", ["open_clip", "hf", "peft"])
+def test_classes_are_for_a_classifier_alone(cli, tmp_path, target):
+    code, _, err = cli("export", tmp_path, "--to", target, "--classes", "imagenet")
+    assert code == 2
+    assert f"--classes is for --to head, not for {target}" in err
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [(None, "cannot read"), ("cat\n", "nothing to tell apart"), ("cat\ncat\n", "stands there twice")],
+    ids=["missing", "one", "twice"],
+)
+def test_a_file_of_no_classes_is_refused(cli, tmp_path, written, said):
+    if written is not None:
+        (tmp_path / "classes.txt").write_text(written, encoding="utf-8")
+    code, _, err = cli("export", tmp_path, "--to", "head", "--classes", tmp_path / "classes.txt")
+    assert code == 2
+    assert "--classes: " in err
+    assert said in err
+
+
+def test_classes_of_the_data_need_a_run(cli, tmp_path):
+    code, _, err = cli("export", tmp_path, "--to", "head", "--classes", "data")
+    assert code == 2
+    assert "is no run folder" in err
+
+
+def test_lora_of_peft_goes_to_open_clip(cli, tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    theirs = peft.get_peft_model(models.load("demo").model, peft.LoraConfig(target_modules=r".*\.(attn|c_fc)"))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained("theirs")
+    expected = encode(theirs.base_model.model)
+    code, out, err = cli("export", "theirs", "--model", "demo", "--to", "open_clip")
+    assert code == 0, err
+    assert "wrote theirs/open_clip: " in out
+    model = eval(out.splitlines()[1], {"open_clip": open_clip})[0]
+    torch.testing.assert_close(encode(model), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, encode(models.load("demo").model), rtol=0, atol=1e-3)
+
+    code, _, err = cli("export", "theirs", "--to", "open_clip")
+    assert code == 2
+    assert "nothing in theirs names its base model" in err
+
+
+def test_a_file_of_clip_lora_goes_to_a_folder_beside_it(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded = models.load("demo").model
+    attention = [block.attn for block in loaded.visual.transformer.resblocks]
+    layers = {}
+    for number, module in enumerate(attention):
+        pair = {"w_lora_A": torch.ones(1, module.embed_dim) / 100, "w_lora_B": torch.ones(module.embed_dim, 1)}
+        layers[f"layer_{number}"] = {"proj": pair}
+        with torch.no_grad():
+            module.out_proj.weight += 2 / 100
+    metadata = {"r": 1, "alpha": 2, "encoder": "vision", "params": ["o"], "position": "all"}
+    torch.save({"weights": layers, "metadata": metadata}, tmp_path / "lora_weights.pt")
+    code, out, err = cli("export", "lora_weights.pt", "--model", "demo", "--to", "open_clip")
+    assert code == 0, err
+    assert "wrote open_clip: " in out
+    model = eval(out.splitlines()[1], {"open_clip": open_clip})[0]
+    torch.testing.assert_close(encode(model), encode(loaded), rtol=1e-5, atol=1e-5)
+
+
 def test_formats_are_named_where_one_is_wrong_or_missing(cli, tmp_path):
     for arguments in (["--to", "onnx"], []):
         code, _, err = cli("export", tmp_path, *arguments)
         assert code == 2
         assert "--to" in err
-    assert all(name in err or name in cli("export", "--help")[1] for name in ("open_clip", "hf"))
+    assert all(name in err or name in cli("export", "--help")[1] for name in ("open_clip", "hf", "peft", "head"))

@@ -117,7 +117,7 @@ def test_peft_gives_the_same_features_from_the_folder(adapted, tmp_path, case):
     assert_peft_says_the_same(*adapted(rules, family), tmp_path / "out")
 
 
-@pytest.mark.parametrize("case", HELD)
+@pytest.mark.parametrize("case", [case for case in HELD if not case.startswith("all of")])
 def test_clipfreeze_reads_its_own_folder(adapted, tmp_path, case):
     family, rules = HELD[case]
     applied, loaded, base = adapted(rules, family)
