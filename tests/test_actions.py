@@ -269,6 +269,7 @@ def test_compiled_it_computes_the_same(name, tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [("lora", {}), ("adapter", {}), ("prompt", {"init": "random"})], ids=lambda p: p[0])
 @pytest.mark.parametrize(
     "name", ["ViT-S-32", "RN50", "MobileCLIP-S1", "EVA02-B-16", "ViT-B-16-SigLIP", "coca_ViT-B-32"]

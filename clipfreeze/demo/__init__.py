@@ -32,10 +32,10 @@ KNOBS: dict[str, dict[str, float | str]] = {
     "differential": {"lr": 1e-4, "lr_text": 1e-5, "lr_projections": 1e-3, "lr_logit_scale": 1e-2},
     "norm_bias": {"lr": 2e-2},
     "logit_scale": {"lr": 3e-2},
-    "lora": {"targets": "q,k,v,out,fc1,fc2", "rank": 16, "alpha": 16.0, "dropout": 0.0, "lr": 3e-3},
+    "lora": {"targets": "q,k,v,out,fc1,fc2", "rank": 4, "alpha": 4.0, "dropout": 0.0, "lr": 3e-3},
     "adapter": {"lr": 3e-3},
-    "prompt": {"init": "an emoji of", "length": 3, "depth": 3, "visual": 4, "lr": 5e-2},
-    "lora_prompt": {"init": "an emoji of", "length": 3, "dropout": 0.0, "lr": 3e-3, "lr_prompt": 1e-2},
+    "prompt": {"init": "an emoji of", "length": 3, "depth": 3, "visual": 4, "lr": 1e-2},
+    "lora_prompt": {"init": "an emoji of", "length": 3, "dropout": 0.0, "lr": 1e-2, "lr_prompt": 1e-2},
     "head": {"classes": "data", "lr": 1e-2},
 }
 """Policy: the knobs for tuning on TARGET_STYLE, found on its val split (the head's on the drawings of its val and test

@@ -106,7 +106,7 @@ def _installed() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ExportError("PEFT is not installed", 'pip install "clipfreeze[peft]"') from error
+        raise ExportError("this format is proved with PEFT", "pip install peft") from error
     return peft
 
 

@@ -73,7 +73,11 @@ def by_name(model):
     return {parameter.name: parameter for parameter in describe(model).parameters}
 
 
-@pytest.mark.parametrize(("family", "name", "role", "tags"), TRAPS, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("family", "name", "role", "tags"),
+    TRAPS,
+    ids=lambda value: " ".join(sorted(value)) if isinstance(value, set) else value,
+)
 def test_names_that_mislead(family, name, role, tags):
     parameter = by_name(tiny.FAMILIES[family]())[name]
     assert parameter.role == role

@@ -315,7 +315,7 @@ def test_a_policy_that_is_merged_or_removed_is_refused(adapted, tmp_path, action
 def test_without_peft_the_error_says_how_to_get_it(adapted, tmp_path, monkeypatch):
     applied, loaded, _ = adapted(lora(RANK))
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ExportError, match=r"PEFT is not installed\n  fix: pip install"):
+    with pytest.raises(ExportError, match=r"proved with PEFT\n  fix: pip install peft"):
         write_peft(applied, loaded, tmp_path / "out")
     assert applied.trainable()
 

@@ -140,6 +140,35 @@ def test_q_k_and_v_become_factors_of_their_own(tmp_path):
     assert sorted(site.of for site in sites) == sorted([*expected, f"{name}.out_proj.weight"])
 
 
+def test_an_adapter_that_has_not_been_trained_is_read_with_its_start(tmp_path):
+    model = base_of("clip_vit")
+    plain = encoded(model)
+    peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**MLP)).save_pretrained(tmp_path)
+    applied = clipfreeze.load(tmp_path, model)
+    start = load_file(tmp_path / WEIGHTS)
+    for site, addition in applied.additions:
+        module = site.parameter.removesuffix(".weight")
+        assert torch.equal(addition.A, start[f"base_model.model.{module}.lora_A.weight"])
+        assert not addition.B.any()
+    assert all(map(torch.equal, encoded(model), plain))
+
+
+def test_magnitudes_count_where_the_factors_are_zero(tmp_path):
+    model = base_of("siglip")
+    saved(model, tmp_path, target_modules=["qkv"], use_dora=True)
+
+    def q_alone(tensors):
+        return {
+            key: tensor * (torch.arange(len(tensor)) < 16)[:, None] if "lora_B" in key else tensor
+            for key, tensor in tensors.items()
+        }
+
+    change_weights(tmp_path, q_alone)
+    expected = encoded(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).base_model.model)
+    clipfreeze.load(tmp_path, model)
+    assert_all_near(encoded(model), expected)
+
+
 def test_the_weights_file_of_old_versions_is_read(tmp_path):
     model = base_of("clip_vit")
     expected = saved(model, tmp_path / "theirs", **MLP)

@@ -25,6 +25,7 @@ def offline_configs() -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_policy_plans_on_every_offline_config():
     names = offline_configs()
     assert len(names) >= 134
