@@ -96,10 +96,10 @@ def main() -> None:
     print("| policy | trains | top-1 % | top-5 % | NLL | known style top-1 % | its NLL | seconds |")
     print("|---|---|---|---|---|---|---|---|")
     before = None
-    for run in runs:
+    for run in sorted(runs, key=lambda run: bool(run["before"] != runs[0]["before"])):
         if run["before"] != before:  # a head is measured on other pictures, of the classes it has
             before = run["before"]
-            print(row("before", "", before, ""))
+            print(row("before" if run is runs[0] else f"before `{run['policy']}`", "", before, ""))
         print(row(f"`{run['policy']}`", f"{run['trainable']:,}", run["after"], f"{run['seconds']:.0f}"))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"machine": machine(), "runs": runs}, indent=1) + "\n", encoding="utf-8")
