@@ -425,15 +425,15 @@ def _explained(
     model: type[BaseModel] = PolicyFile,
     told: AbstractSet[Where] = frozenset(),
 ) -> Iterator[Problem]:
-    """Pydantic's errors in our words, at their lines; one for each key."""
-    seen = set(told)
+    """Pydantic's errors in our words, at their lines; one for each key, none in what was `told` of before."""
+    seen: set[Where] = set(told)
     for fault in error.errors():
         where = tuple(part for part in fault["loc"] if part not in ("float", "int", "str", "bool"))
         where = _existing(data, where)
         if fault["type"] == "extra_forbidden":
             yield _unknown_key(document, (*base, *where), _keys_at(where, model))
             continue
-        if where in seen:
+        if where in seen or any(where[:depth] in told for depth in range(len(where))):
             continue
         seen.add(where)
         name = next((str(part) for part in reversed(where) if isinstance(part, str)), "")

@@ -97,6 +97,15 @@ def test_each_fault_is_told_with_its_line_and_the_right_thing(tmp_path, text):
         ), found
 
 
+@pytest.mark.parametrize("policy", builtin_policies())
+def test_a_wrong_knob_is_told_once_and_not_by_what_reads_it(policy):
+    for name, knob in load_policy(policy).knobs.items():
+        wrong = "no such word" if knob.choices else knob.min - 1 if knob.min is not None else None
+        if wrong is not None:
+            (told,) = problems(policy, **{name: wrong})
+            assert f"knob {name!r}" in told
+
+
 def test_bom_and_crlf_are_fine_and_lines_stay_right(tmp_path):
     text = "\ufeff" + (RULE + "lr = 1e-5\n").replace("\n", "\r\n")
     assert load_policy(write(tmp_path, text)).rules[0].rule.lr == 1e-5
