@@ -13,7 +13,7 @@ from clipfreeze.train.batches import Tokenizer
 from clipfreeze.train.classes import text_prompt_in
 from clipfreeze.train.folder import empty_folder
 from clipfreeze.train.loop import gradient_notes
-from clipfreeze.train.objective import Classification, Contrastive, training_module
+from clipfreeze.train.objective import Training, training_module
 
 _CAPTIONS = ["a photo of a cat", "a diagram"]
 
@@ -42,7 +42,7 @@ def build_and_prove(plan: Plan, model: str, pretrained: str | None, out: Path) -
             yield "which has the same random weights if it is made right after torch.manual_seed(0)"
 
 
-def _batch(loaded: models.Loaded, module: Contrastive | Classification, plan: Plan) -> dict[str, torch.Tensor]:
+def _batch(loaded: models.Loaded, module: Training, plan: Plan) -> dict[str, torch.Tensor]:
     """Images (2, 3, H, W) of noise through the model's own transform, with what the module reads beside them."""
     from PIL import Image
 

@@ -343,7 +343,7 @@ def values_of(adapter: Adapter) -> dict[str, Tensor]:
     return {f".{name}": parameter.detach() for name, parameter in adapter.named_parameters()}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     act=st.sampled_from(list(ACTIVATIONS)),
     conv=st.booleans(),

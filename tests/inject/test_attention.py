@@ -74,7 +74,7 @@ def calls(draw: st.DrawFn) -> dict:
     }
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(calls())
 def test_attend_is_torch_s_own_attention_bit_for_bit(call):
     fixed = {

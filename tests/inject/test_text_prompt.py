@@ -213,7 +213,7 @@ def test_a_text_that_no_longer_fits_is_refused_where_the_prompt_says_so():
         model.encode_text(texts("clip_vit", [list(range(5, 17))]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     words=st.lists(st.lists(st.integers(5, 60), max_size=14), min_size=1, max_size=4),
     length=st.integers(1, 12),

@@ -37,7 +37,7 @@ def made(plan: Plan) -> torch.optim.Optimizer:
     return torch.optim.SGD(param_groups(plan, PARAMETERS), lr=1.0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.dictionaries(
         st.sampled_from(sorted(PARAMETERS)),

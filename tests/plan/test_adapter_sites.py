@@ -131,7 +131,7 @@ def test_if_no_width_is_said_it_is_64_or_that_of_a_narrower_block():
     assert [site.dim for site in sites(anatomy("clip_resnet"), "@vision.blocks")] == [32, 64, 64, 64]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(dim=st.integers(1, 80), placement=st.sampled_from(["sequential", "parallel"]))
 def test_a_bottleneck_is_at_most_as_wide_as_what_it_adds_to(dim, placement):
     if dim <= 32:

@@ -69,9 +69,9 @@ def test_under_bf16_autocast_the_loss_is_computed_in_fp32_and_trained_weights_st
     torch.manual_seed(0)
     model: Any = tiny.clip_vit()
     images, tokens, concepts = tiny.images(model), tiny.tokens(model), torch.arange(4)
-    expected = Contrastive(model)(images, tokens, concepts)
+    expected = Contrastive(model)(images, tokens, concepts=concepts)
     with torch.autocast("cpu", torch.bfloat16):
-        found = Contrastive(model)(images, tokens, concepts)
+        found = Contrastive(model)(images, tokens, concepts=concepts)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
     torch.autograd.backward(found)
@@ -82,7 +82,7 @@ def test_under_bf16_autocast_the_loss_is_computed_in_fp32_and_trained_weights_st
 def test_a_step_of_every_family_is_open_clips(family: str) -> None:
     model: Any = tiny.FAMILIES[family]().eval()
     images, tokens = tiny.images(model), tiny.tokens(model)
-    found = Contrastive(model)(images, tokens, torch.arange(4))
+    found = Contrastive(model)(images, tokens, concepts=torch.arange(4))
     encoded = model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)
     if family == "siglip":
         expected = open_clip.loss.SigLipLoss()(*encoded, model.logit_scale.exp(), model.logit_bias)
