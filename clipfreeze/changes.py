@@ -85,6 +85,7 @@ class Applied:
         self._sets = {plan.policy.name: added}
         self._scale = 1.0
         self._removed = False
+        self._base: str | None = None
 
     def __deepcopy__(self, memo: object) -> Applied:
         raise ApplyError(
@@ -284,7 +285,8 @@ class Applied:
         tensors = {planned.name: parameters[planned.name].detach() for planned in _changing(self.plan)}
         tensors |= {name: tensor.detach() for name, tensor in self._own.state().items()}
         tensors |= {_START + name: self._start[name] for name in _restarted(self.plan)}
-        write_policy(Path(folder), self.plan, tensors, _fingerprint(self.plan, self.model))
+        self._base = self._base or _fingerprint(self.plan, self.model)  # what it is of never changes
+        write_policy(Path(folder), self.plan, tensors, self._base)
 
 
 @dataclass(frozen=True)

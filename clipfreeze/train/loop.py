@@ -1,37 +1,46 @@
-"""The training loop: what runs between two measurements."""
+"""`fit`: a run from the first measurement to the last."""
 
 from __future__ import annotations
 
 import json
-import logging
-import math
-import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from clipfreeze.errors import DataError, InterruptedRunError, RunError
-from clipfreeze.train.batches import Batch, Tokenizer, Transform, training_loader, unbroken
-from clipfreeze.train.evaluate import Encoder, Metrics
-from clipfreeze.train.folder import METRICS, RESULTS, append_json, check_room, write_text
+from clipfreeze.errors import DataError, InterruptedRunError
+from clipfreeze.policy.span import parse_span
+from clipfreeze.stored import WEIGHTS, read_weights
+from clipfreeze.train.auto_batch import largest_batch
+from clipfreeze.train.batches import Broken, Loaded, Tokenizer, TrainingLoader, Transform
+from clipfreeze.train.best import Best
+from clipfreeze.train.checkpoints import Saved, checkpoint_path, keep_checkpoints, read_tensors, save_checkpoint
+from clipfreeze.train.class_texts import ClassTexts
+from clipfreeze.train.dice import Dice, dice_on, throw_again
+from clipfreeze.train.digest import digest_of_pairs
+from clipfreeze.train.distributed import everyones, rank, wait_for_all, world_size
+from clipfreeze.train.ema import Average
+from clipfreeze.train.engine import Engine, make_accelerator
+from clipfreeze.train.evaluate import Encoder, Metrics, Score
+from clipfreeze.train.folder import RESULTS, check_room, write_text
+from clipfreeze.train.journal import Journal, check_trackers, cut_metrics, memory_mb, start_trackers
 from clipfreeze.train.objective import training_module
 from clipfreeze.train.pairs import PairSet
+from clipfreeze.train.remarks import collapse_notes, decline_notes, warmup_notes
+from clipfreeze.train.retain import RetainFloor
+from clipfreeze.train.settings import TrainingSettings, training_settings
 from clipfreeze.train.sources import read_data
+from clipfreeze.train.stopping import Stopping
 from clipfreeze.train.tuned import for_training, measure_tuned, measure_untuned, unknown_notes
 
 if TYPE_CHECKING:
     from clipfreeze.changes import Applied
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,22 +50,26 @@ class Result:
     before: dict[str, Metrics]
     after: dict[str, Metrics]
     steps: int
-    seconds: float  # of training alone
+    kept_step: int  # whose weights were kept: the last, the best, or the last above the retain floor
+    seconds: float  # of training alone, in this process
+    data_wait: float  # share of them in which training waited for data
     loss: float  # mean over the last epoch
+    broken: tuple[str, ...]  # pictures that could not be read
     notes: tuple[str, ...]
     folder: Path | None
 
 
-def make_accelerator() -> Accelerator:
-    """The device there is, bf16 autocast where CUDA has it; trained weights stay fp32."""
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    if AcceleratorState._shared_state:  # a script has made one, with a precision of its own
-        accelerator = Accelerator()
-    else:
-        accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
-    if accelerator.num_processes > 1:
-        raise RunError("this version trains in one process", "start it without torchrun or accelerate launch")
-    return accelerator
+class Callback:
+    """What `fit` calls on rank 0; `run.stop(reason)` ends the run. All do nothing unless overridden."""
+
+    def on_step(self, run: Run, record: Mapping[str, Any]) -> None:
+        """After each optimizer step, with its line of metrics.jsonl."""
+
+    def on_evaluation(self, run: Run, metrics: Mapping[str, Metrics]) -> None:
+        """After each measurement under way."""
+
+    def on_checkpoint(self, run: Run, path: Path) -> None:
+        """After each checkpoint."""
 
 
 def fit(
@@ -67,195 +80,423 @@ def fit(
     tokenizer: Callable[..., Tensor],
     transform: Transform,
     train_transform: Transform | None = None,
-    epochs: int = 1,
-    batch_size: int = 64,
-    seed: int = 0,
-    num_workers: int = 0,
     folder: Path | None = None,
+    retain: str | None = None,
+    callbacks: Sequence[Callback] = (),
+    resume: Saved | None = None,
+    **settings: Any,
 ) -> Result:
-    """Train what the plan trains, and measure `tests` (the goal first) before and after.
+    """Train what the plan trains, and measure `tests` (the goal first) before, during where asked, and after.
 
-    `transform` serves evaluation, and training too unless `train_transform` is given. The same seed gives the same
-    weights, bit for bit on one CPU, whatever `num_workers`. `folder` receives plan and weights after every epoch,
-    metrics.jsonl line by line and results.json at the end. The model is left in eval mode.
+    `transform` serves evaluation, and training too unless `train_transform` is given. `settings` are those of
+    TrainingSettings by name. The same seed gives the same weights, bit for bit on one CPU, whatever `num_workers`; on
+    more ranks the same batches. `folder` receives checkpoints, metrics.jsonl and run.log under way, and plan, weights
+    and results.json at the end. `retain` names the set that `retain_floor` watches. The model is left in eval mode,
+    with the weights that were kept.
 
     A plan with a head trains on the labels of its classes. Before is the model without what the plan adds.
+    `resume` is a checkpoint of the same run, of which `applied` was loaded. Raises DataError for wrong input before the
+    first step, RunError when the run fails, InterruptedRunError when a signal ended it after saving.
     """
-    if epochs < 1:
-        raise DataError(f"{epochs} epochs train nothing", "--epochs 1 or more")
+    wanted = training_settings(**settings)
     train = train if isinstance(train, PairSet) else read_data(train)
     sets = {name: pairs if isinstance(pairs, PairSet) else read_data(pairs) for name, pairs in (tests or {}).items()}
     if len({pair.label if pair.label is not None else pair.captions for pair in train}) < 2:
         raise DataError(
             f"all pairs of {train.name} say the same: there is nothing to tell apart", "give two captions or classes"
         )
-    model: Any = applied.model
-    tokens = Tokenizer(tokenizer, model)
-    tuning = training_module(applied)
-    loader: Any = training_loader(
-        for_training(train, applied.plan.sites),
-        train_transform or transform,
-        tokens if tuning.reads_texts else None,
-        batch_size=batch_size,
-        seed=seed,
-        num_workers=num_workers,
-        labels=tuning.reads_labels,
-    )
-    if folder is not None:  # twice the weights: the new file is whole before the old one goes
-        check_room(folder, 2 * sum(p.numel() * p.element_size() for p in applied.trainable().values()) + 10**6)
-
-    accelerator: Any = make_accelerator()
-    set_seed(seed)
-    optimizer = applied.optimizer()
-    module, prepared, loader = accelerator.prepare(tuning, optimizer, loader)
-    scheduler = applied.scheduler(optimizer, epochs * len(loader), len(loader))  # last: prepare makes new group dicts
-    encoder = Encoder(model, tokens, transform, num_workers=num_workers)
-    before = {name: measure_untuned(encoder, pairs, applied) for name, pairs in sets.items()}
-
-    set_seed(seed)
-    module.train()
-    training = _Training(applied, accelerator, module, prepared, scheduler, loader, folder)
-    training.tell(_warmup_notes(applied, epochs, len(loader)))
-    training.tell([note for name, pairs in sets.items() for note in unknown_notes(name, pairs, applied.plan.sites)])
-    started = time.monotonic()
-    epoch = 0
-    try:
-        with _progress(epochs * len(loader)) as bar:
-            for epoch in range(1, epochs + 1):
-                loss = training.run_epoch(epoch, bar)
-                if folder is not None:
-                    applied.save(folder)
-    except KeyboardInterrupt:
-        kept = f"{folder} holds the weights of epoch {epoch - 1}" if folder and epoch > 1 else "no weights were saved"
-        raise InterruptedRunError(f"stopped after step {training.step} of {epochs * len(loader)}: {kept}") from None
-    seconds = time.monotonic() - started
-    module.eval()
-
-    after = {name: measure_tuned(encoder, pairs, applied) for name, pairs in sets.items()}
-    training.tell(_collapse_notes(module, loss, batch_size) + _decline_notes(before, after))
-    result = Result(before, after, training.step, seconds, loss, tuple(training.notes), folder)
-    if folder is not None:
-        write_text(folder / RESULTS, json.dumps(_plain(result), indent=2) + "\n")
-    return result
+    if wanted.retain_floor is not None and retain not in sets:
+        raise DataError("a retain floor without a set to retain", "give data that the model knows: --retain PATH")
+    check_trackers(wanted.trackers)
+    run = Run(applied, train, sets, tokenizer, transform, train_transform, wanted)
+    return run.go(folder, retain, callbacks, resume)
 
 
-@dataclass
-class _Training:
-    """The run under way."""
+class Run:
+    """A run under way; what happens when."""
 
-    applied: Applied
-    accelerator: Any
-    module: Any
-    optimizer: Any
-    scheduler: Any
-    loader: Any
-    folder: Path | None
-    step: int = 0
-    notes: list[str] = field(default_factory=list)
-    reached: dict[str, nn.Parameter] = field(default_factory=dict)
+    def __init__(
+        self,
+        applied: Applied,
+        train: PairSet,
+        sets: Mapping[str, PairSet],
+        tokenizer: Callable[..., Tensor],
+        transform: Transform,
+        train_transform: Transform | None,
+        settings: TrainingSettings,
+    ) -> None:
+        self.applied, self.train, self.sets, self.settings = applied, train, sets, settings
+        self.accelerator: Any = make_accelerator(settings.precision)
+        tokens = Tokenizer(tokenizer, applied.model)
+        pairs = for_training(train, applied.plan.sites)
+        module = training_module(applied, settings.objective, len(pairs.class_names))
+        self.prompts = ClassTexts(tokens, pairs, settings.seed) if module.reads_classes else None
 
-    def run_epoch(self, epoch: int, bar: Any) -> float:
-        """One pass over the data; the mean loss."""
-        losses = []
-        last = time.monotonic()
-        for batch in unbroken(self.loader):
-            lr = {str(group["name"]): float(group["lr"]) for group in self.optimizer.param_groups}
-            losses.append(self._update(batch, lr))
-            now = time.monotonic()
-            speed, last = len(batch["image"]) / (now - last), now
-            record = {"step": self.step, "epoch": epoch, "loss": losses[-1], "lr": lr, "samples_per_s": round(speed, 2)}
-            if self.folder is not None:
-                append_json(self.folder / METRICS, record)
-            bar.set_postfix_str(_shown(record), refresh=False)
-            bar.update()
-        if bar.disable:
-            print(f"epoch {epoch}: {_shown(record)}", file=sys.stderr, flush=True)
-        _check_weights(self.reached, self.step)
-        return sum(losses) / len(losses)
+        def loader(batch_size: int) -> TrainingLoader:
+            return TrainingLoader(
+                pairs,
+                train_transform or transform,
+                tokens if module.reads_texts and not module.reads_classes else None,
+                batch_size=_share(batch_size),
+                seed=settings.seed,
+                num_workers=settings.num_workers or 0,
+                labels=module.reads_labels,
+                rank=rank(),
+                world=world_size(),
+            )
 
-    def _update(self, batch: Batch, lr: dict[str, float]) -> float:
-        """One optimizer step; its loss."""
-        loss = self.module(**batch)
-        value = _finite_loss(loss, self.step, lr)
-        self.accelerator.backward(loss)
-        if self.step == 0:
-            self.tell(gradient_notes(self.applied))
-            self.reached = {name: p for name, p in self.applied.trainable().items() if p.grad is not None}
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
+        self.batch_size = settings.batch_size
+        if self.batch_size == "auto":
+            example = next(loader(2 * world_size()).batches(0)).batch
+            if self.prompts is not None:
+                example = {**example, "text": self.prompts.at(0)}
+            self.batch_size = largest_batch(applied, module, example, len(pairs), self.accelerator)
+        self.loader = loader(self.batch_size)
+        self.encoder = Encoder(applied.model, tokens, transform, num_workers=settings.num_workers or 0)
+        self.steps_per_epoch = len(self.loader)
+        self.total_steps = settings.epochs * self.steps_per_epoch
+        set_seed(settings.seed)
+        self.optimizer = applied.optimizer()
+        self.scheduler = applied.scheduler(self.optimizer, self.total_steps, self.steps_per_epoch)
+        prepared = self.accelerator.prepare_optimizer(self.optimizer)
+        self.engine = Engine(applied, module, self.accelerator, prepared, self.scheduler, settings)
+        self.average = Average(applied.trainable(), settings.ema) if settings.ema is not None else None
+        self.step = 0
+        self.phase = -1
+        self.before: dict[str, Metrics] = {}
+        self.losses: list[float] = []  # of this epoch
+        self.notes: list[str] = []
+        self.broken = Broken()
+        self.best: Best | None = None
+        self.floor: RetainFloor | None = None
+        self.kept: dict[str, Tensor] | None = None  # weights of `kept_step`, where not simply the last
+        self.kept_step = 0
+        self.reason: str | None = None  # to end before the last step
+        self.folder: Path | None = None
+        self.retain: str | None = None
+        self.callbacks: Sequence[Callback] = ()
+
+    def go(
+        self, folder: Path | None, retain: str | None, callbacks: Sequence[Callback], resume: Saved | None
+    ) -> Result:
+        """From the first measurement, or from a checkpoint, to the last."""
+        self.folder, self.retain, self.callbacks = folder, retain, callbacks if rank() == 0 else ()
+        if folder is not None:  # weights, moments, an average; and those half-written beside them
+            size = sum(p.numel() * p.element_size() for p in self.applied.trainable().values())
+            check_room(folder, 4 * (self.settings.keep + 2) * size + 10**6)
+        if resume is None:
+            self.before = self._measured(measure_untuned)
+        self._prepare_decisions()
+        if resume is not None:
+            self._restore(resume)
+        start_trackers(self.accelerator, self.settings.trackers, folder, self.settings.model_dump())
+        bar = Journal(self.accelerator, folder, self.total_steps, self.step, self.settings.trackers)
+        with bar as self.journal, Stopping() as self.stopping:
+            if resume is None:
+                self._tell(warmup_notes(self.applied, self.total_steps, self.steps_per_epoch))
+                for name, pairs in self.sets.items():
+                    self._tell(unknown_notes(name, pairs, self.applied.plan.sites))
+                set_seed(self.settings.seed, device_specific=True)
+            else:
+                self._restore_dice(resume)
+            self.engine.module.train()
+            self.waited, started = 0.0, time.monotonic()
+            try:
+                self._train()
+            except KeyboardInterrupt:  # the second one: the first waits for the step
+                raise InterruptedRunError(f"interrupted in step {self.step + 1}: {self._how_to_go_on()}") from None
+            seconds = time.monotonic() - started
+            return self._finish(seconds)
+
+    def stop(self, reason: str) -> None:
+        """End the run as soon as all ranks know, within a step, as if that had been its last."""
+        self._asked = self._asked or reason
+
+    _asked: str | None = None
+
+    def _train(self) -> None:
+        for epoch in range(self.step // self.steps_per_epoch, self.settings.epochs):
+            done = self.step % self.steps_per_epoch
+            self.losses = self.losses if done else []
+            for loaded, waited in _timed(self.loader.batches(epoch, done)):
+                self._take(loaded, epoch, waited)
+                if self.reason is not None:
+                    self._tell([f"ended after step {self.step} of {self.total_steps}: {self.reason}"])
+                    return
+
+    def _take(self, loaded: Loaded, epoch: int, waited: float) -> None:
+        """One step, and what is due after it."""
+        started = time.monotonic()
+        batch = loaded.batch if self.prompts is None else {**loaded.batch, "text": self.prompts.at(self.step)}
+        self._enter_phase(batch)
+        lr = {str(group["name"]): float(group["lr"]) for group in self.optimizer.param_groups}
+        taken = self.engine.update(
+            batch, self.step + 1, lambda: [self.stopping.asked is not None, self._asked is not None, bool(loaded.broken)]
+        )
         self.step += 1
-        return value
+        self.losses.append(taken.loss)
+        if self.average is not None:
+            self.average.update()
+        seconds = time.monotonic() - started + waited
+        self.waited += waited
+        record = {
+            "step": self.step,
+            "epoch": epoch + 1,
+            "loss": taken.loss,
+            "lr": lr,
+            "samples_per_s": round(self.batch_size / seconds, 2),
+            "data_wait": round(waited / seconds, 4),
+            "memory_mb": round(memory_mb(self.accelerator.device), 1),
+        }
+        self.journal.step(record)
+        self._tell(self.engine.take_notes())
+        stop, finish, broken = taken.flags
+        if broken:
+            self._count(loaded)
+        if self._due(self.settings.evaluates):
+            self._evaluate()
+        if self.step % self.steps_per_epoch == 0:
+            self.journal.epoch(record)
+            self.engine.check_weights(self.step)
+        if self._due(self.settings.save_every):
+            self._save()
+        for callback in self.callbacks:
+            callback.on_step(self, record)
+        if world_size() == 1:
+            stop, finish = self.stopping.asked is not None, self._asked is not None
+        if stop and self.step < self.total_steps:
+            self._save()
+            signal = self.stopping.asked or "a signal to another rank"
+            raise InterruptedRunError(f"stopped by {signal} after step {self.step} of {self.total_steps}: {self._how_to_go_on()}")
+        if finish:
+            self.reason = self.reason or self._asked or "rank 0 asked for it"
 
-    def tell(self, notes: list[str]) -> None:
+    def _due(self, stretch: str | None) -> bool:
+        """Whether something done every `stretch` is due now; at the last step it always is."""
+        if stretch is None:
+            return False
+        every = max(1, parse_span(stretch).steps(self.total_steps, self.steps_per_epoch))
+        return self.step % every == 0 or self.step == self.total_steps
+
+    def _enter_phase(self, batch: Mapping[str, Tensor]) -> None:
+        """At the step where a phase begins, what trains changes, and with it what the ranks reduce."""
+        starts = self.applied.phase_starts(self.total_steps, self.steps_per_epoch)
+        phase = max(number for number, start in enumerate(starts) if start <= self.step)
+        if phase != self.phase:
+            self.applied.enter_phase(self.optimizer, phase)
+            self.phase = phase
+            self.engine.wrap(dict(batch))
+
+    def _prepare_decisions(self) -> None:
+        """What evaluations under way decide. DataError for a score that is not measured."""
+        settings = self.settings
+        if settings.best is not None or settings.patience is not None:
+            self.best = Best.by_name(settings.best, self.before or self._unmeasured())
+        if settings.retain_floor is not None:
+            assert self.retain is not None
+            self.floor = RetainFloor(settings.retain_floor, settings.on_floor, _main(self.before[self.retain]).value)
+            if settings.on_floor == "rollback":
+                self._keep()
+
+    def _evaluate(self) -> None:
+        """Measure, and decide which weights to keep and whether to go on; the same on all ranks."""
+        with torch.random.fork_rng(), self._averaged():
+            found = self._measured(measure_tuned)
+            self.journal.evaluation(self.step, found)
+            better = self.best.update(self.step, found) if self.best is not None else True
+            above = self.floor.check(self.step, _main(found[str(self.retain)]).value) if self.floor is not None else True
+            if above and better and (self.best is not None or self.floor is not None):
+                self._keep()
+        if self.kept_step == self.step:
+            self._save()
+        if not above and self.floor is not None:
+            if self.settings.on_floor == "stop" and self.best is None:
+                self.kept = None
+            self.notes += self.floor.notes()
+            self.reason = "the retained set fell below its floor"
+        elif self.best is not None and self.settings.patience is not None and self.best.since >= self.settings.patience:
+            self.reason = f"no better {self.best.score} on {self.best.of} in {self.best.since} evaluations"
+        for callback in self.callbacks:
+            callback.on_evaluation(self, found)
+
+    def _measured(self, how: Callable[[Encoder, PairSet, Applied], Metrics]) -> dict[str, Metrics]:
+        return {name: how(self.encoder, pairs, self.applied) for name, pairs in self.sets.items()}
+
+    def _averaged(self) -> Any:
+        """The model with the average of its weights, where one is kept."""
+        return nullcontext() if self.average is None else self.average.in_place()
+
+    def _keep(self) -> None:
+        """Remember the weights of now."""
+        self.kept = {name: p.detach().cpu().clone() for name, p in self.applied.trainable().items()}
+        self.kept_step = self.step
+
+    def _count(self, loaded: Loaded) -> None:
+        """Add up the broken pictures of all ranks; too many end the run."""
+        for of_a_rank in everyones(loaded.broken):
+            self.broken.add(of_a_rank)
+        for told in self.broken.take_new():
+            self._tell([told])
+        self.broken.check(self.settings.max_bad, len(self.train))
+
+    def _tell(self, notes: Iterable[str]) -> None:
         """Now, and in the result."""
         for note in notes:
-            log.warning(note)
-        self.notes += notes
+            self.journal.warn(note)
+            self.notes.append(note)
+
+    def _save(self) -> None:
+        """A checkpoint of this step, once; of all ranks' dice."""
+        if self.folder is None or self.saved == self.step:
+            return
+        dice = everyones(dice_on(self.accelerator.device))
+        if rank() == 0:
+            tensors, plain = self.applied.optimizer_state(self.optimizer)
+            tensors = {f"optimizer/{name}": tensor for name, tensor in tensors.items()}
+            if self.average is not None:
+                tensors |= {f"average/{name}": tensor for name, tensor in self.average.values.items()}
+            for number, thrown in enumerate(dice):
+                tensors |= {f"dice/{number}/{kind}": of for kind, of in thrown._asdict().items() if of is not None}
+            path = save_checkpoint(self.folder, self._state(plain), tensors, self.applied.save)
+            keep_checkpoints(self.folder, self.settings.keep, self.kept_step if self.kept is not None else None)
+            self.engine.last_good = path
+            for callback in self.callbacks:
+                callback.on_checkpoint(self, path)
+        self.saved = self.step
+        wait_for_all()
+
+    saved = -1
+
+    def _state(self, optimizer: Any) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "step": self.step,
+            "phase": self.phase,
+            "ranks": world_size(),
+            "run": self._facts(),
+            "optimizer": optimizer,
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "averaged": None if self.average is None else self.average.steps,
+            "before": {name: asdict(metrics) for name, metrics in self.before.items()},
+            "best": None if self.best is None else asdict(self.best),
+            "kept_step": self.kept_step if self.kept is not None else None,
+            "losses": self.losses,
+            "notes": self.notes,
+            "broken": list(self.broken.told),
+        }
+
+    def _facts(self) -> dict[str, Any]:
+        """What must be the same when the run goes on."""
+        return {
+            "training data": digest_of_pairs(self.train),
+            "pairs in a step": self.batch_size,
+            "steps in an epoch": self.steps_per_epoch,
+            "steps": self.total_steps,
+        }
+
+    def _restore(self, saved: Saved) -> None:
+        """Stand where the checkpoint was taken. DataError where this is another run."""
+        state, facts = saved.state, self._facts()
+        if other := [name for name, value in state["run"].items() if facts[name] != value]:
+            shown = ", ".join(
+                f"the {name}" + ("" if name == "training data" else f" ({state['run'][name]}, now {facts[name]})")
+                for name in other
+            )
+            raise DataError(f"the run cannot go on: changed since is {shown}", "give what the run was started with")
+        if state["phase"] >= 0:
+            self.applied.enter_phase(self.optimizer, state["phase"])
+        self.applied.load_optimizer_state(self.optimizer, _below("optimizer/", saved.tensors), state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.restore(_below("average/", saved.tensors), state["averaged"])
+        if state["best"] is not None:
+            self.best = Best(**state["best"])
+        self.step = self.saved = state["step"]
+        self.losses, self.notes = state["losses"], state["notes"]
+        self.broken.add(state["broken"])
+        if state["kept_step"] is not None:
+            assert self.folder is not None
+            self.kept_step, path = state["kept_step"], checkpoint_path(self.folder, state["kept_step"])
+            averages = _below("average/", read_tensors(path))
+            self.kept = averages or read_weights(path / WEIGHTS)[0]
+        if self.folder is not None and rank() == 0:
+            cut_metrics(self.folder, self.step)
+            self.engine.last_good = saved.path
+
+    def _restore_dice(self, saved: Saved) -> None:
+        """This rank's own; on another number of ranks, ones that seed, step and rank give."""
+        if saved.state["ranks"] != world_size():
+            set_seed((self.settings.seed + self.step) % 2**31, device_specific=True)
+            return
+        mine = _below(f"dice/{rank()}/", saved.tensors)
+        throw_again(Dice(mine["cpu"], mine.get("cuda")), self.accelerator.device)
+
+    def _how_to_go_on(self) -> str:
+        if self.folder is None:
+            return "nothing was saved"
+        if self.saved < 0:
+            return "before the first checkpoint"
+        return f"step {self.saved} is saved, go on with clipfreeze train --resume {self.folder}"
+
+    def _finish(self, seconds: float) -> Result:
+        """Put the weights in that are kept, measure them, and leave them in the folder."""
+        module = self.engine.module.eval()
+        kept = self.kept
+        if kept is None and self.average is not None:
+            kept = self.average.values
+        if kept is not None:
+            with torch.no_grad():
+                for name, parameter in self.applied.trainable().items():
+                    parameter.copy_(kept[name])
+        after = self._measured(measure_tuned)
+        loss = sum(self.losses) / len(self.losses)
+        self._tell(collapse_notes(module, loss, self.batch_size) + decline_notes(self.before, after))
+        result = Result(
+            before=self.before,
+            after=after,
+            steps=self.step,
+            kept_step=self.step if self.kept is None else self.kept_step,
+            seconds=seconds,
+            data_wait=self.waited / seconds if seconds else 0.0,
+            loss=loss,
+            broken=tuple(self.broken.told),
+            notes=tuple(self.notes),
+            folder=self.folder,
+        )
+        if self.folder is not None and rank() == 0:
+            self.applied.save(self.folder)
+            values = {name: value for name, value in asdict(result).items() if name != "folder"}
+            write_text(self.folder / RESULTS, json.dumps(values, indent=2) + "\n")
+        wait_for_all()
+        return result
 
 
-def _progress(steps: int) -> Any:
-    """A bar where there is a terminal; elsewhere the loop prints a line an epoch."""
-    return tqdm(total=steps, unit="step", file=sys.stderr, disable=None, dynamic_ncols=True)
+def _share(batch_size: int) -> int:
+    """Of one rank. DataError where the ranks cannot share it evenly."""
+    if batch_size % world_size():
+        what = f"a batch of {batch_size} does not divide by {world_size()} ranks"
+        near = max(2, batch_size // world_size()) * world_size()
+        raise DataError(what, f"--batch-size {near}: it counts over all ranks together")
+    return batch_size // world_size()
 
 
-def _shown(record: dict[str, Any]) -> str:
-    return f"loss {record['loss']:.3f}, lr {max(record['lr'].values()):.1e}, {record['samples_per_s']:.0f} pictures/s"
+def _timed(batches: Iterator[Loaded]) -> Iterator[tuple[Loaded, float]]:
+    """Each with the seconds it was waited for."""
+    while True:
+        started = time.monotonic()
+        loaded = next(batches, None)
+        if loaded is None:
+            return
+        yield loaded, time.monotonic() - started
 
 
-def _plain(result: Result) -> dict[str, Any]:
-    values = asdict(result)
-    del values["folder"]
-    return values
+def _main(metrics: Metrics) -> Score:
+    """The first score."""
+    return next(iter(metrics.scores.values()))
 
 
-def _finite_loss(loss: Tensor, step: int, lr: dict[str, float]) -> float:
-    value = loss.item()
-    if not math.isfinite(value):
-        rates = ", ".join(f"{name} {rate:g}" for name, rate in lr.items())
-        raise RunError(f"the loss is {value} at step {step + 1} (lr: {rates})", "lower the lr or lengthen the warmup")
-    return value
-
-
-def gradient_notes(applied: Applied) -> list[str]:
-    """Which trained parameters the loss does not reach; RunError when a gradient is not finite."""
-    gradients = {name: parameter.grad for name, parameter in applied.trainable().items()}
-    if bad := [name for name, grad in gradients.items() if grad is not None and not grad.isfinite().all()]:
-        raise RunError(f"no finite gradient in the first step: {_few(bad)}", "look for nan or inf in the weights")
-    idle = [name for name, grad in gradients.items() if grad is None]
-    return [f"no gradient in the first step, so these stay as they are: {_few(idle)}"] if idle else []
-
-
-def _check_weights(parameters: dict[str, nn.Parameter], step: int) -> None:
-    if bad := [name for name, parameter in parameters.items() if not parameter.isfinite().all()]:
-        raise RunError(f"weights are not finite numbers after step {step}: {_few(bad)}", "lower the lr")
-
-
-def _warmup_notes(applied: Applied, epochs: int, steps_per_epoch: int) -> list[str]:
-    steps = epochs * steps_per_epoch
-    warmup = applied.plan.schedule.warmup_span.steps(steps, steps_per_epoch)
-    return [f"the warmup of {warmup} steps is as long as the run of {steps}: shorten it"] if warmup >= steps else []
-
-
-def _collapse_notes(module: Any, loss: float, batch_size: int) -> list[str]:
-    chance = module.by_guessing(batch_size)
-    if chance is None or abs(loss - chance) > 0.01 * chance:
-        return []
-    return [
-        f"the loss stayed at {loss:.3f}, which is what guessing gives: "
-        "features collapsed, captions all equal, or too small an lr"
-    ]
-
-
-def _decline_notes(before: dict[str, Metrics], after: dict[str, Metrics]) -> list[str]:
-    """A goal that fell by more than two standard errors."""
-    for name in list(before)[:1]:
-        measured, start = next(iter(before[name].scores.items()))
-        end = after[name].scores[measured]
-        if start.value - end.value > 2 * math.hypot(start.error, end.error):
-            return [f"{measured} on {name} fell from {start.value:.3f} to {end.value:.3f}: lower the lr, or train less"]
-    return []
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

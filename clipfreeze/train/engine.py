@@ -1,0 +1,180 @@
+"""One optimizer step, on one rank or many: forward, backward, clipping, and the first-step check."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from clipfreeze.changes import Applied
+from clipfreeze.errors import DataError, RunError
+from clipfreeze.train.accumulate import backward_in_chunks
+from clipfreeze.train.batches import Batch
+from clipfreeze.train.distributed import summed, world_size
+from clipfreeze.train.objective import Training
+from clipfreeze.train.settings import TrainingSettings
+
+_MOST_SKIPPED = 20
+"""Steps in a row that loss scaling may pass over: it halves the scale each time, from 2**16."""
+
+
+def make_accelerator(precision: str = "auto") -> Accelerator:
+    """The device there is and the ranks there are, autocast to `precision`; trained weights stay fp32.
+
+    "auto" is bf16 where CUDA has it, fp32 elsewhere. DataError for fp16 without CUDA.
+    """
+    if AcceleratorState._shared_state:  # a script has made one, with a precision of its own
+        return Accelerator()
+    cuda = torch.cuda.is_available()
+    if precision == "fp16" and not cuda:
+        raise DataError("fp16 needs a CUDA device", "precision bf16 or fp32")
+    if precision == "auto":
+        precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=not cuda)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step came to, on all ranks together."""
+
+    loss: float
+    flags: list[float]  # summed
+
+
+@dataclass
+class Engine:
+    """Steps of a training module over the plan's optimizer."""
+
+    applied: Applied
+    module: Training
+    accelerator: Any
+    optimizer: Any  # prepared
+    scheduler: Any
+    settings: TrainingSettings
+    reached: set[str] = field(default_factory=set)  # names that had a gradient in the first step
+    notes: list[str] = field(default_factory=list)
+    skipped: int = 0
+    last_good: Path | None = None  # checkpoint
+    wrapped: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.wrapped = self.module
+
+    def wrap(self, batch: Batch) -> None:
+        """Let DistributedDataParallel reduce what trains now, and gets a gradient from a piece of this batch.
+
+        Again whenever another set of parameters trains: it looks at requires_grad once.
+        """
+        if world_size() == 1:
+            return
+        trained = self._trained()
+        idle = set(trained) - self._reached_by(_piece(self._here(batch), self.module.reads_classes))
+        names = {id(parameter): name for name, parameter in trained.items() if name not in idle}
+        aside = [name for name, parameter in self.module.named_parameters() if id(parameter) not in names]
+        aside += [name for name, _ in self.module.named_buffers()]  # frozen: no BatchNorm moves
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.module, aside)
+        device = self.accelerator.device
+        self.wrapped = nn.parallel.DistributedDataParallel(
+            self.module, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+        )
+
+    def update(self, batch: Batch, step: int, flags: Callable[[], list[float]]) -> Step:
+        """Take step number `step`, from 1, and tell all ranks the `flags` of each. RunError where loss or the first
+        gradients are not finite numbers.
+        """
+        batch = self._here(batch)
+        size = self.settings.micro_batch
+        if size is not None and size < len(batch["image"]):
+            loss = backward_in_chunks(self.wrapped, batch, size, self.accelerator.backward, self.accelerator.autocast)
+        else:
+            with self.accelerator.autocast():
+                loss = self.wrapped(**batch)
+            self.accelerator.backward(loss)
+        total, *told = summed([loss.item(), *flags()], loss.device)
+        taken = Step(total / world_size(), told)
+        self._check_loss(taken.loss, step)
+        if step == 1 and math.isfinite(taken.loss) and self.accelerator.scaler is None:
+            self.notes += gradient_notes(self.applied)
+        self.reached |= {name for name, p in self._trained().items() if p.grad is not None}
+        if self.settings.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(self._trained().values(), self.settings.clip_grad)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return taken
+
+    def take_notes(self) -> list[str]:
+        """What is new to tell."""
+        notes, self.notes = self.notes, []
+        return notes
+
+    def check_weights(self, step: int) -> None:
+        """RunError where a weight that was trained is no finite number."""
+        trained = self.applied.trainable()
+        if bad := [name for name in trained if name in self.reached and not trained[name].isfinite().all()]:
+            raise RunError(f"weights are not finite numbers after step {step}: {few(bad)}", "lower the lr")
+
+    def _here(self, batch: Batch) -> Batch:
+        moved: Batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
+        return moved
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.applied.trainable().items() if parameter.requires_grad}
+
+    def _reached_by(self, batch: Batch) -> set[str]:
+        """Names of what gets a gradient; the dice go on as if nothing had been drawn."""
+        with torch.random.fork_rng(), self.accelerator.autocast():
+            self.module(**batch).backward()
+        reached = {name for name, parameter in self._trained().items() if parameter.grad is not None}
+        self.optimizer.zero_grad()
+        return reached
+
+    def _check_loss(self, loss: float, step: int) -> None:
+        if math.isfinite(loss):
+            self.skipped = 0
+            return
+        self.skipped += 1
+        if self.accelerator.scaler is not None and self.skipped < _MOST_SKIPPED:
+            return  # the scaler finds the gradients not finite, leaves the step out, and scales less
+        rates = ", ".join(f"{group['name']} {group['lr']:g}" for group in self.optimizer.param_groups)
+        what = f"the loss is {loss} at step {step} (lr: {rates}; {_largest(self._trained())})"
+        good = f"; the last good checkpoint is {self.last_good}" if self.last_good else ""
+        raise RunError(what + good, "lower the lr, lengthen the warmup, or clip gradients: --clip-grad 1")
+
+
+def gradient_notes(applied: Applied) -> list[str]:
+    """Which trained parameters the loss does not reach; RunError when a gradient is not finite."""
+    gradients = {name: p.grad for name, p in applied.trainable().items() if p.requires_grad}
+    if bad := [name for name, grad in gradients.items() if grad is not None and not grad.isfinite().all()]:
+        raise RunError(f"no finite gradient in the first step: {few(bad)}", "look for nan or inf in the weights")
+    idle = [name for name, grad in gradients.items() if grad is None]
+    return [f"no gradient in the first step, so these stay as they are: {few(idle)}"] if idle else []
+
+
+def few(names: Iterable[str]) -> str:
+    """The first five names, and how many more."""
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _piece(batch: Batch, of_classes: bool) -> Batch:
+    """Two pairs of a batch; prompts of all classes stay together."""
+    return {name: value if of_classes and name == "text" else value[:2] for name, value in batch.items()}
+
+
+def _largest(parameters: Mapping[str, nn.Parameter]) -> str:
+    """The largest gradient, for a message."""
+    sizes: dict[str, Tensor] = {n: p.grad.abs().max() for n, p in parameters.items() if p.grad is not None}
+    if not sizes:
+        return "no gradients"
+    numbers = {name: size.item() for name, size in sizes.items()}
+    name = max(numbers, key=lambda name: numbers[name] if math.isfinite(numbers[name]) else math.inf)
+    return f"largest gradient: {numbers[name]:g} of {name}"

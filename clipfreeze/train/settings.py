@@ -1,0 +1,90 @@
+"""How long and how a run trains: what `fit` takes and run.toml keeps."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, ValidationError
+
+from clipfreeze.errors import DataError, Problem, did_you_mean
+from clipfreeze.policy.actions import Spec
+from clipfreeze.policy.span import parse_span
+from clipfreeze.train.objective import ObjectiveName
+
+LOWER_IS_BETTER = ("nll", "ece")
+
+
+def _span(value: str) -> str:
+    if parse_span(value).amount <= 0:
+        raise ValueError("0 is no stretch of a run")
+    return value
+
+
+Stretch = Annotated[str, AfterValidator(_span)]
+
+
+class TrainingSettings(Spec):
+    """Of one run, on any number of ranks."""
+
+    epochs: Annotated[int, Field(gt=0)] = Field(5, description="passes over the data")
+    batch_size: Annotated[int, Field(gt=1)] | Literal["auto"] = Field(
+        64, description='pairs in a step, over all ranks together; "auto": as many as fit'
+    )
+    micro_batch: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="pairs of a rank's batch through the encoders at once, with the batch's own gradients"
+    )
+    objective: ObjectiveName = Field(
+        "auto", description="contrastive, classes (cross-entropy over class prompts), or auto: as the policy asks"
+    )
+    clip_grad: Annotated[float, Field(gt=0)] | None = Field(None, description="the gradient's largest norm")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="of autocast; auto: bf16 where the GPU has it. Trained weights are fp32 always"
+    )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="decay of an average of the trained weights, which is what is evaluated and kept"
+    )
+    max_bad: Annotated[float, Field(ge=0, le=1)] = Field(0.01, description="share of broken pictures to go on with")
+    evaluate_every: Stretch | None = Field(
+        None, description='"1 epochs", "200 steps" or "10%"; null: before and after, and each epoch where that decides'
+    )
+    save_every: Stretch = Field("1 epochs", description="between checkpoints, likewise")
+    keep: Annotated[int, Field(gt=0)] = Field(1, description="checkpoints kept, beside the best")
+    best: str | None = Field(
+        None, description="score that picks the weights to keep: top1, or SET/SCORE; null: the last weights"
+    )
+    patience: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="evaluations without a better score (of `best`, else the goal's first) that end the run"
+    )
+    retain_floor: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="share of the first score on the retained set below which the run ends"
+    )
+    on_floor: Literal["stop", "rollback"] = Field(
+        "rollback", description="there: stop with those weights, or go back to the last ones above the floor"
+    )
+    trackers: tuple[str, ...] = Field((), description="tensorboard, wandb, mlflow, trackio: by accelerate")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of shuffling, captions, views and dropout")
+    num_workers: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="processes that decode pictures; 0: the trainer's own; null: some where a GPU waits for them"
+    )
+
+    @property
+    def evaluates(self) -> str | None:
+        """`evaluate_every`, or each epoch where something is decided by it."""
+        decides = self.best or self.patience or self.retain_floor
+        return self.evaluate_every or ("1 epochs" if decides else None)
+
+
+def training_settings(**values: Any) -> TrainingSettings:
+    """Settings by name. DataError for an unknown name, with the nearest, or a wrong value."""
+    try:
+        return TrainingSettings(**values)
+    except ValidationError as error:
+        raise DataError([_problem(fault, values) for fault in error.errors()]) from error
+
+
+def _problem(fault: Any, values: dict[str, Any]) -> Problem:
+    name = str(fault["loc"][0])
+    if fault["type"] == "extra_forbidden":
+        return Problem(f"there is no setting {name!r}", did_you_mean(name, list(TrainingSettings.model_fields)))
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    return Problem(f"{name} = {values.get(name)!r}: {message[0].lower()}{message[1:]}")
