@@ -14,6 +14,7 @@ from clipfreeze.errors import DataError, RunError
 from clipfreeze.inject.head import ClassHead
 from clipfreeze.inject.modes import evaluating
 from clipfreeze.train.batches import Tokenizer, Transform, picture_loader, unbroken
+from clipfreeze.train.calibration import Bin, calibration_gaps, reliability
 from clipfreeze.train.pairs import PairSet
 
 _ROWS = 256  # of a score matrix looked at together
@@ -30,12 +31,21 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """What a model does on a set: scores by name, over so many images and as many classes or captions."""
+    """What a model does on a set: scores by name, the main one first, over so many images and classes or captions.
+
+    `reliability` is of a classification alone: accuracy by confidence.
+    """
 
     kind: str  # "zero-shot", "retrieval", "prompt" (zero-shot or retrieval with a learned prompt) or "head"
     images: int
     texts: int
     scores: dict[str, Score]
+    reliability: tuple[Bin, ...] = ()
+
+    @property
+    def main(self) -> Score:
+        """top1, or image_to_text_recall_at_1."""
+        return next(iter(self.scores.values()))
 
 
 @dataclass(frozen=True)
@@ -64,10 +74,11 @@ def measure(encoder: Encoder, pairs: PairSet) -> Metrics:
 
 
 def zero_shot(encoder: Encoder, pairs: PairSet) -> Metrics:
-    """top1, top5 and nll over the set's class names, a class's feature being the mean over the templates.
+    """top1, top5, nll, confidence and ece over the set's class names, a class's feature being its templates' mean.
 
-    nll is of the softmax over the classes at the model's logit scale, also for a model trained with SigLIP's loss;
-    a logit bias shifts all classes alike and plays no part.
+    Probabilities are the softmax over the classes at the model's logit scale, also for a model trained with SigLIP's
+    loss; a logit bias shifts all classes alike and plays no part. confidence is the mean of the top class's, ece the
+    expected calibration error.
     """
     classes = open_clip.build_zero_shot_classifier(
         encoder.model, encoder.tokenizer, pairs.class_names, pairs.templates, _CLASSES, encoder.device
@@ -88,9 +99,14 @@ def _classified(kind: str, logits: Tensor, pairs: PairSet) -> Metrics:
     """logits: (N, classes)."""
     labels = torch.tensor([pair.label for pair in pairs], device=logits.device)
     right = nn.functional.one_hot(labels, len(pairs.class_names)).bool()
-    scores = {f"top{k}": _share(recall_at(logits, right, k)) for k in (1, 5)}
-    scores["nll"] = _mean(nn.functional.cross_entropy(logits.double(), labels, reduction="none"))
-    return Metrics(kind, len(pairs), len(pairs.class_names), scores)
+    hits = {k: recall_at(logits, right, k) for k in (1, 5)}
+    confidence = logits.double().softmax(1).amax(1)
+    scores = {f"top{k}": _share(hits[k]) for k in hits} | {
+        "nll": _mean(nn.functional.cross_entropy(logits.double(), labels, reduction="none")),
+        "confidence": _mean(confidence),
+        "ece": _mean(calibration_gaps(confidence, hits[1])),
+    }
+    return Metrics(kind, len(pairs), len(pairs.class_names), scores, reliability(confidence, hits[1]))
 
 
 def retrieval(encoder: Encoder, pairs: PairSet) -> Metrics:
