@@ -8,22 +8,33 @@ from typing import Annotated
 
 import typer
 
-from clipfreeze.cli.common import Format, FormatOption, print_json
+from clipfreeze.cli.common import Format, FormatOption, named_paths, print_json
 
 
 def run(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="what `clipfreeze train` left")],
     data: Annotated[
-        str | None, typer.Option(metavar="PATH", help="a table or folder; without it the run's own evaluation sets")
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]PATH", help="a table or folder, may be repeated; without it the run's own evaluation sets"
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="draw accuracy by confidence: a reliability diagram")
     ] = None,
     format: FormatOption = Format.table,  # noqa: A002 - the option's name
 ) -> None:
     """Load a run's weights onto its model and measure again."""
+    from clipfreeze.cli.diagram import check_plot_path, write_diagrams
     from clipfreeze.cli.results import metrics_table
     from clipfreeze.train.runs import eval_run
 
-    found = eval_run(folder, data)
+    if plot is not None:
+        check_plot_path(plot)
+    found = eval_run(folder, named_paths(data or ()))
     if format is Format.json:
         print_json({name: asdict(metrics) for name, metrics in found.items()})
     else:
         print(metrics_table(found))
+    if plot is not None:
+        write_diagrams(found, plot)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -98,13 +98,13 @@ def train_run(spec: RunSpec, plan: Plan, out: Path | None = None) -> Result:
         )
 
 
-def eval_run(folder: Path, data: str | None = None) -> dict[str, Metrics]:
-    """Measure a trained run again on its own sets, or on `data`, read as the run read its own."""
+def eval_run(folder: Path, data: Mapping[str, str] | None = None) -> dict[str, Metrics]:
+    """Measure a trained run again on its own sets, or on those of `data` by name, read as the run read its own."""
     spec = read_spec(folder)
     if not (folder / WEIGHTS).is_file():
         raise DataError(f"the run in {folder} ended before its first epoch was saved", "train again")
     sites = read_plan(folder / PLAN).sites
-    tests = run_data(spec, sites).tests if data is None else {Path(data).name: read_data(data, spec.table)}
+    tests = {name: read_data(path, spec.table) for name, path in (data or {}).items()} or run_data(spec, sites).tests
     device = make_accelerator().device
     set_seed(spec.seed)
     loaded = models.load(spec.model, spec.pretrained, device=str(device))

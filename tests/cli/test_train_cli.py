@@ -89,6 +89,11 @@ def test_a_table_of_captions(cli, tmp_path):
     assert "12 captions" in out
     assert "recall" in out
     assert "captions" in cli("eval", "runs/projections-1")
+    found = json.loads(
+        cli("eval", "runs/projections-1", "--data", "data.csv", "--data", "b=data.csv", "--format", "json")
+    )
+    assert list(found) == ["data", "b"]
+    assert found["data"] == found["b"]
 
 
 def test_a_folder_of_classes(cli, tmp_path):
@@ -112,6 +117,8 @@ def test_a_folder_of_classes(cli, tmp_path):
         "last=1",
     )
     assert "24 images, 12 classes" in out
+    assert scores(cli("eval", "runs/vision_only-1", "--plot", "sure.svg")) == scores(out)
+    assert "target: 24 images" in (tmp_path / "sure.svg").read_text()
 
 
 def test_apply_out_leaves_a_folder_for_any_trainer(cli, tmp_path):
