@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import open_clip
@@ -16,6 +16,7 @@ from clipfreeze.inject.modes import evaluating
 from clipfreeze.train.batches import Tokenizer, Transform, picture_loader, unbroken
 from clipfreeze.train.calibration import Bin, calibration_gaps, reliability
 from clipfreeze.train.pairs import PairSet
+from clipfreeze.train.shards import Shard
 
 _ROWS = 256  # of a score matrix looked at together
 _CLASSES = 64
@@ -50,13 +51,17 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A model with what turns pictures and words into its input."""
+    """A model with what turns pictures and words into its input; `shard` is this process's part of the encoding.
+
+    Processes that measure together get the same numbers, each sample being counted once.
+    """
 
     model: Any
     tokenizer: Tokenizer
     transform: Transform
     batch_size: int = 256
     num_workers: int = 0
+    shard: Shard = field(default_factory=Shard)
 
     @property
     def device(self) -> torch.device:
@@ -80,11 +85,8 @@ def zero_shot(encoder: Encoder, pairs: PairSet) -> Metrics:
     loss; a logit bias shifts all classes alike and plays no part. confidence is the mean of the top class's, ece the
     expected calibration error.
     """
-    classes = open_clip.build_zero_shot_classifier(
-        encoder.model, encoder.tokenizer, pairs.class_names, pairs.templates, _CLASSES, encoder.device
-    )
-    _finite([classes])
-    logits = encoder.model.logit_scale.exp() * image_features(encoder, pairs) @ classes
+    classes = class_features(encoder, pairs)
+    logits = encoder.model.logit_scale.exp() * image_features(encoder, pairs) @ classes.T
     return _classified("zero-shot", logits, pairs)
 
 
@@ -92,7 +94,7 @@ def by_head(encoder: Encoder, pairs: PairSet, head: ClassHead) -> Metrics:
     """As zero_shot, the logits being the head's for the set's class names, all of which it must know."""
     columns = [head.classes.index(name) for name in pairs.class_names]
     with torch.no_grad(), evaluating(encoder.model):
-        return _classified("head", _finite([head(image_features(encoder, pairs))])[:, columns], pairs)
+        return _classified("head", _finite(head(image_features(encoder, pairs)))[:, columns], pairs)
 
 
 def _classified(kind: str, logits: Tensor, pairs: PairSet) -> Metrics:
@@ -127,20 +129,46 @@ def retrieval(encoder: Encoder, pairs: PairSet) -> Metrics:
 
 def image_features(encoder: Encoder, pairs: PairSet) -> Tensor:
     """(N, D) normalised."""
-    loader = picture_loader(pairs, encoder.transform, batch_size=encoder.batch_size, num_workers=encoder.num_workers)
-    encode = encoder.model.encode_image
-    return _finite([encode(images.to(encoder.device), normalize=True) for images in unbroken(loader)])
+
+    def encode(rows: Sequence[int]) -> Tensor:
+        own = replace(pairs, pairs=tuple(pairs[row] for row in rows))
+        loader = picture_loader(own, encoder.transform, batch_size=encoder.batch_size, num_workers=encoder.num_workers)
+        batches = (images.to(encoder.device) for images in unbroken(loader))
+        return torch.cat([encoder.model.encode_image(images, normalize=True) for images in batches])
+
+    return _encoded(encoder, len(pairs), encoder.batch_size, encode)
 
 
 def text_features(encoder: Encoder, texts: Sequence[str]) -> Tensor:
     """(N, D) normalised."""
-    size, encode = encoder.batch_size, encoder.model.encode_text
-    chunks = [list(texts[start : start + size]) for start in range(0, len(texts), size)]
-    return _finite([encode(encoder.tokenizer(chunk).to(encoder.device), normalize=True) for chunk in chunks])
+    size = encoder.batch_size
+
+    def encode(rows: Sequence[int]) -> Tensor:
+        own = [texts[row] for row in rows]
+        ids = (encoder.tokenizer(own[start : start + size]) for start in range(0, len(own), size))
+        return torch.cat([encoder.model.encode_text(chunk.to(encoder.device), normalize=True) for chunk in ids])
+
+    return _encoded(encoder, len(texts), size, encode)
 
 
-def _finite(chunks: list[Tensor]) -> Tensor:
-    features = torch.cat(chunks)
+def class_features(encoder: Encoder, pairs: PairSet) -> Tensor:
+    """(C, D) normalised: open_clip's zero-shot classifier of the set's class names in its templates."""
+
+    def encode(rows: Sequence[int]) -> Tensor:
+        own = [pairs.class_names[row] for row in rows]
+        columns: Tensor = open_clip.build_zero_shot_classifier(
+            encoder.model, encoder.tokenizer, own, pairs.templates, _CLASSES, encoder.device
+        )
+        return columns.T.contiguous()
+
+    return _encoded(encoder, len(pairs.class_names), _CLASSES, encode)
+
+
+def _encoded(encoder: Encoder, count: int, size: int, encode: Callable[[Sequence[int]], Tensor]) -> Tensor:
+    return _finite(encoder.shard.together(count, size, encoder.device, encode))
+
+
+def _finite(features: Tensor) -> Tensor:
     if not features.isfinite().all():
         raise RunError("the model's features are not finite numbers", "start from other weights, or a lower lr")
     return features
