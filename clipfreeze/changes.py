@@ -158,6 +158,11 @@ class Applied:
         finally:
             self._set_strengths()
 
+    @property
+    def scale(self) -> float:
+        """What `set_scale` said last; 1 before."""
+        return self._scale
+
     def set_scale(self, scale: float) -> None:
         """How much of LoRA and adapters takes effect, 0 (none) to 1; prompts and heads have no scale."""
         if not 0 <= scale <= 1:

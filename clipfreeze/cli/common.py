@@ -6,11 +6,12 @@ import json
 import sys
 from collections.abc import Iterable
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clipfreeze.errors import ClipfreezeError, PolicyError, Problem
+from clipfreeze.errors import ClipfreezeError, DataError, PolicyError, Problem
 from clipfreeze.policy.knobs import KnobValue, parse_value
 
 if TYPE_CHECKING:
@@ -52,6 +53,25 @@ def knob_settings(settings: Iterable[str]) -> dict[str, KnobValue]:
     if problems:
         raise PolicyError(problems)
     return knobs
+
+
+def named_paths(said: Iterable[str]) -> dict[str, str]:
+    """`--data` options as sets by name: NAME=PATH, or a path that names its set by its own last part."""
+    paths: dict[str, str] = {}
+    problems = []
+    for option in said:
+        name, equals, path = option.partition("=")
+        if not equals or "/" in name or Path(option).exists():  # a path may hold a sign of equality
+            name, path = Path(option).resolve().stem, option
+        if not name.strip() or not path.strip():
+            problems.append(Problem(f"--data {option}", "write --data PATH or --data NAME=PATH"))
+        elif name in paths:
+            problems.append(Problem(f"--data {option}: there is a set {name} already", f"--data OTHER_NAME={path}"))
+        else:
+            paths[name] = path
+    if problems:
+        raise DataError(problems)
+    return paths
 
 
 def anatomy_of(model: str) -> Anatomy:

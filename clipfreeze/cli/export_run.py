@@ -60,17 +60,39 @@ def run(
         str | None,
         typer.Option(metavar="FILE|imagenet|data", help="head: class names for a prompt; data: those of the run's"),
     ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            metavar="ALPHA",
+            help="open_clip, hf: so far from the base (0) to what was trained (1); see `clipfreeze eval --frontier`",
+        ),
+    ] = None,
 ) -> None:
     """Write a tuned model as a folder that others load, proved by loading it back."""
-    from clipfreeze import changes
-
     if classes is not None and to is not Target.head:
         raise ExportError(f"--classes is for --to head, not for {to.value}", "leave it out")
+    if alpha is not None and to not in (Target.open_clip, Target.hf):
+        raise ExportError(f"--alpha is for whole models, not for {to.value}", "--to open_clip or --to hf")
     names = None if classes is None else _classes(classes, folder)
     loaded = _base(folder, model, pretrained)
     place = folder.parent if folder.is_file() else folder
-    for line in WRITERS[to](Job(changes.load(folder, loaded.model), loaded, out or place / to.value, names)):
+    for line in WRITERS[to](Job(_applied(folder, loaded, alpha), loaded, out or place / to.value, names)):
         print(line)
+
+
+def _applied(folder: Path, loaded: Loaded, alpha: float | None) -> Applied:
+    """The folder's policy on its base: as trained, or at alpha."""
+    from clipfreeze import changes
+    from clipfreeze.foreign.reading import is_foreign
+    from clipfreeze.stored import PLAN, read_plan
+    from clipfreeze.train.frontier import interpolate, start_values
+
+    if alpha is None:
+        return changes.load(folder, loaded.model)
+    start = {} if is_foreign(folder) else start_values(read_plan(folder / PLAN), loaded.model)  # others left LoRA alone
+    applied = changes.load(folder, loaded.model)
+    interpolate(applied, start, alpha)
+    return applied
 
 
 def _open_clip(job: Job) -> Iterator[str]:

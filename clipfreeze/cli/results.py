@@ -9,6 +9,7 @@ from clipfreeze.plan.tables import grid
 
 if TYPE_CHECKING:
     from clipfreeze.train.evaluate import Metrics, Score
+    from clipfreeze.train.frontier import Frontier
 
 
 def metrics_table(found: Mapping[str, Metrics]) -> str:
@@ -36,6 +37,20 @@ def result_table(before: Mapping[str, Metrics], after: Mapping[str, Metrics]) ->
         for score, value in metrics.scores.items()
     ]
     return grid(_once(rows), ("measured on", "", "before", "after"))
+
+
+def frontier_table(frontier: Frontier, best: float) -> str:
+    """A row for each alpha with the main score of each set; a star at the best."""
+    sets = frontier.points[0].metrics
+    heads = [f"{name}: {next(iter(metrics.scores))}" for name, metrics in sets.items()]
+    rows = [
+        (
+            f"{point.alpha:g}{' *' if point.alpha == best else ''}",
+            *(_shown("", metrics.main) for metrics in point.metrics.values()),
+        )
+        for point in frontier.points
+    ]
+    return grid(rows, ("alpha", *heads))
 
 
 _HOW = {

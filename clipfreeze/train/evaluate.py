@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import open_clip
@@ -14,7 +14,9 @@ from clipfreeze.errors import DataError, RunError
 from clipfreeze.inject.head import ClassHead
 from clipfreeze.inject.modes import evaluating
 from clipfreeze.train.batches import Tokenizer, Transform, picture_loader, unbroken
+from clipfreeze.train.calibration import Bin, calibration_gaps, reliability
 from clipfreeze.train.pairs import PairSet
+from clipfreeze.train.shards import Shard
 
 _ROWS = 256  # of a score matrix looked at together
 _CLASSES = 64
@@ -30,23 +32,36 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """What a model does on a set: scores by name, over so many images and as many classes or captions."""
+    """What a model does on a set: scores by name, the main one first, over so many images and classes or captions.
+
+    `reliability` is of a classification alone: accuracy by confidence.
+    """
 
     kind: str  # "zero-shot", "retrieval", "prompt" (zero-shot or retrieval with a learned prompt) or "head"
     images: int
     texts: int
     scores: dict[str, Score]
+    reliability: tuple[Bin, ...] = ()
+
+    @property
+    def main(self) -> Score:
+        """top1, or image_to_text_recall_at_1."""
+        return next(iter(self.scores.values()))
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A model with what turns pictures and words into its input."""
+    """A model with what turns pictures and words into its input; `shard` is this process's part of the encoding.
+
+    Processes that measure together get the same numbers, each sample being counted once.
+    """
 
     model: Any
     tokenizer: Tokenizer
     transform: Transform
     batch_size: int = 256
     num_workers: int = 0
+    shard: Shard = field(default_factory=Shard)
 
     @property
     def device(self) -> torch.device:
@@ -64,16 +79,14 @@ def measure(encoder: Encoder, pairs: PairSet) -> Metrics:
 
 
 def zero_shot(encoder: Encoder, pairs: PairSet) -> Metrics:
-    """top1, top5 and nll over the set's class names, a class's feature being the mean over the templates.
+    """top1, top5, nll, confidence and ece over the set's class names, a class's feature being its templates' mean.
 
-    nll is of the softmax over the classes at the model's logit scale, also for a model trained with SigLIP's loss;
-    a logit bias shifts all classes alike and plays no part.
+    Probabilities are the softmax over the classes at the model's logit scale, also for a model trained with SigLIP's
+    loss; a logit bias shifts all classes alike and plays no part. confidence is the mean of the top class's, ece the
+    expected calibration error.
     """
-    classes = open_clip.build_zero_shot_classifier(
-        encoder.model, encoder.tokenizer, pairs.class_names, pairs.templates, _CLASSES, encoder.device
-    )
-    _finite([classes])
-    logits = encoder.model.logit_scale.exp() * image_features(encoder, pairs) @ classes
+    classes = class_features(encoder, pairs)
+    logits = encoder.model.logit_scale.exp() * image_features(encoder, pairs) @ classes.T
     return _classified("zero-shot", logits, pairs)
 
 
@@ -81,16 +94,21 @@ def by_head(encoder: Encoder, pairs: PairSet, head: ClassHead) -> Metrics:
     """As zero_shot, the logits being the head's for the set's class names, all of which it must know."""
     columns = [head.classes.index(name) for name in pairs.class_names]
     with torch.no_grad(), evaluating(encoder.model):
-        return _classified("head", _finite([head(image_features(encoder, pairs))])[:, columns], pairs)
+        return _classified("head", _finite(head(image_features(encoder, pairs)))[:, columns], pairs)
 
 
 def _classified(kind: str, logits: Tensor, pairs: PairSet) -> Metrics:
     """logits: (N, classes)."""
     labels = torch.tensor([pair.label for pair in pairs], device=logits.device)
     right = nn.functional.one_hot(labels, len(pairs.class_names)).bool()
-    scores = {f"top{k}": _share(recall_at(logits, right, k)) for k in (1, 5)}
-    scores["nll"] = _mean(nn.functional.cross_entropy(logits.double(), labels, reduction="none"))
-    return Metrics(kind, len(pairs), len(pairs.class_names), scores)
+    hits = {k: recall_at(logits, right, k) for k in (1, 5)}
+    confidence = logits.double().softmax(1).amax(1)
+    scores = {f"top{k}": _share(hits[k]) for k in hits} | {
+        "nll": _mean(nn.functional.cross_entropy(logits.double(), labels, reduction="none")),
+        "confidence": _mean(confidence),
+        "ece": _mean(calibration_gaps(confidence, hits[1])),
+    }
+    return Metrics(kind, len(pairs), len(pairs.class_names), scores, reliability(confidence, hits[1]))
 
 
 def retrieval(encoder: Encoder, pairs: PairSet) -> Metrics:
@@ -111,20 +129,46 @@ def retrieval(encoder: Encoder, pairs: PairSet) -> Metrics:
 
 def image_features(encoder: Encoder, pairs: PairSet) -> Tensor:
     """(N, D) normalised."""
-    loader = picture_loader(pairs, encoder.transform, batch_size=encoder.batch_size, num_workers=encoder.num_workers)
-    encode = encoder.model.encode_image
-    return _finite([encode(images.to(encoder.device), normalize=True) for images in unbroken(loader)])
+
+    def encode(rows: Sequence[int]) -> Tensor:
+        own = replace(pairs, pairs=tuple(pairs[row] for row in rows))
+        loader = picture_loader(own, encoder.transform, batch_size=encoder.batch_size, num_workers=encoder.num_workers)
+        batches = (images.to(encoder.device) for images in unbroken(loader))
+        return torch.cat([encoder.model.encode_image(images, normalize=True) for images in batches])
+
+    return _encoded(encoder, len(pairs), encoder.batch_size, encode)
 
 
 def text_features(encoder: Encoder, texts: Sequence[str]) -> Tensor:
     """(N, D) normalised."""
-    size, encode = encoder.batch_size, encoder.model.encode_text
-    chunks = [list(texts[start : start + size]) for start in range(0, len(texts), size)]
-    return _finite([encode(encoder.tokenizer(chunk).to(encoder.device), normalize=True) for chunk in chunks])
+    size = encoder.batch_size
+
+    def encode(rows: Sequence[int]) -> Tensor:
+        own = [texts[row] for row in rows]
+        ids = (encoder.tokenizer(own[start : start + size]) for start in range(0, len(own), size))
+        return torch.cat([encoder.model.encode_text(chunk.to(encoder.device), normalize=True) for chunk in ids])
+
+    return _encoded(encoder, len(texts), size, encode)
 
 
-def _finite(chunks: list[Tensor]) -> Tensor:
-    features = torch.cat(chunks)
+def class_features(encoder: Encoder, pairs: PairSet) -> Tensor:
+    """(C, D) normalised: open_clip's zero-shot classifier of the set's class names in its templates."""
+
+    def encode(rows: Sequence[int]) -> Tensor:
+        own = [pairs.class_names[row] for row in rows]
+        columns: Tensor = open_clip.build_zero_shot_classifier(
+            encoder.model, encoder.tokenizer, own, pairs.templates, _CLASSES, encoder.device
+        )
+        return columns.T.contiguous()
+
+    return _encoded(encoder, len(pairs.class_names), _CLASSES, encode)
+
+
+def _encoded(encoder: Encoder, count: int, size: int, encode: Callable[[Sequence[int]], Tensor]) -> Tensor:
+    return _finite(encoder.shard.together(count, size, encoder.device, encode))
+
+
+def _finite(features: Tensor) -> Tensor:
     if not features.isfinite().all():
         raise RunError("the model's features are not finite numbers", "start from other weights, or a lower lr")
     return features

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
+from torch import Tensor
 
 from clipfreeze import changes, demo, models
 from clipfreeze.errors import DataError
@@ -21,6 +22,7 @@ from clipfreeze.train.batches import Tokenizer
 from clipfreeze.train.classes import asks_for_classes, is_closed, with_classes
 from clipfreeze.train.evaluate import Encoder, Metrics
 from clipfreeze.train.folder import run_folder
+from clipfreeze.train.frontier import start_values
 from clipfreeze.train.loop import Result, fit, make_accelerator
 from clipfreeze.train.pairs import PairSet, split_pairs
 from clipfreeze.train.sources import demo_pairs, read_data
@@ -98,23 +100,44 @@ def train_run(spec: RunSpec, plan: Plan, out: Path | None = None) -> Result:
         )
 
 
-def eval_run(folder: Path, data: str | None = None) -> dict[str, Metrics]:
-    """Measure a trained run again on its own sets, or on `data`, read as the run read its own."""
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run's model as trained, the sets to measure it on, and what it was before: see `wise_frontier`."""
+
+    applied: changes.Applied
+    encoder: Encoder
+    tests: dict[str, PairSet]
+    start: dict[str, Tensor]
+
+    def metrics(self) -> dict[str, Metrics]:
+        """Of the model as it is now, on each set."""
+        return {name: measure_tuned(self.encoder, pairs, self.applied) for name, pairs in self.tests.items()}
+
+
+def eval_run(folder: Path, data: Mapping[str, str] | None = None) -> dict[str, Metrics]:
+    """Measure a trained run again on its own sets, or on those of `data` by name, read as the run read its own."""
+    return open_run(folder, data).metrics()
+
+
+def open_run(folder: Path, data: Mapping[str, str] | None = None) -> TrainedRun:
+    """Load a run's weights onto its model. DataError where the folder holds no run with weights."""
     spec = read_spec(folder)
     if not (folder / WEIGHTS).is_file():
         raise DataError(f"the run in {folder} ended before its first epoch was saved", "train again")
-    sites = read_plan(folder / PLAN).sites
-    tests = run_data(spec, sites).tests if data is None else {Path(data).name: read_data(data, spec.table)}
+    plan = read_plan(folder / PLAN)
+    given = {name: read_data(path, spec.table) for name, path in (data or {}).items()}
+    tests = given or run_data(spec, plan.sites).tests
     device = make_accelerator().device
     set_seed(spec.seed)
     loaded = models.load(spec.model, spec.pretrained, device=str(device))
+    start = start_values(plan, loaded.model)
     applied = changes.load(folder, loaded.model)
     tokenizer = Tokenizer(loaded.tokenizer, loaded.model)
     encoder = Encoder(loaded.model, tokenizer, loaded.transform, num_workers=_num_workers(spec, device))
     for name, pairs in tests.items():
-        for note in unknown_notes(name, pairs, applied.plan.sites):
+        for note in unknown_notes(name, pairs, plan.sites):
             log.warning(note)
-    return {name: measure_tuned(encoder, pairs, applied) for name, pairs in tests.items()}
+    return TrainedRun(applied, encoder, tests, start)
 
 
 def _num_workers(spec: RunSpec, device: torch.device) -> int:

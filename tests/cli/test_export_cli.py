@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -12,6 +13,8 @@ import transformers
 import clipfreeze
 from clipfreeze import demo, models
 from clipfreeze.cli.app import main
+from clipfreeze.stored import read_plan
+from clipfreeze.train.frontier import interpolating, start_values
 
 
 @pytest.fixture
@@ -92,6 +95,36 @@ def test_a_run_with_quickgelu_on_random_weights_is_exported_as_it_was(work, cli,
     assert code == 0, err
     model = eval(out.splitlines()[1], {"open_clip": open_clip})[0]
     assert torch.equal(encode(model), encode(tuned("local-dir:model")))
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "rounding"),
+    [("projections", (), 0), ("lora", ("--set", "lr=0.1", "--set", "targets=q,v"), 1e-5)],
+)
+def test_half_of_what_was_trained_goes_to_open_clip(work, cli, policy, settings, rounding):
+    work(policy, "demo", *settings)
+    base = models.load("demo").model
+    start = start_values(read_plan(Path("run/plan.json")), base)
+    with interpolating(clipfreeze.load("run", base), start, 0.5):
+        expected = encode(base)
+    for alpha, features in (("0.5", expected), ("0", encode(models.load("demo").model)), ("1", encode(tuned("demo")))):
+        code, out, err = cli("export", "run", "--to", "open_clip", "--alpha", alpha, "--out", f"at-{alpha}")
+        assert code == 0, err
+        model = eval(out.splitlines()[1], {"open_clip": open_clip})[0]
+        torch.testing.assert_close(encode(model), features, rtol=rounding, atol=rounding)
+    assert not torch.allclose(expected, features, rtol=0, atol=1e-4)
+
+
+def test_alpha_is_for_whole_models_and_what_lies_between(work, cli):
+    work("prompt", "demo", "--set", "visual=0")
+    for target, alpha, said in (
+        ("head", "0.5", "--alpha is for whole models, not for head"),
+        ("open_clip", "0.5", "adds what has no alpha: prompt"),
+        ("open_clip", "2", "an alpha of 2"),
+    ):
+        code, _, err = cli("export", "run", "--to", target, "--alpha", alpha)
+        assert code == 2
+        assert said in err
 
 
 def test_what_apply_left_needs_the_name_of_its_model(cli, tmp_path, monkeypatch):

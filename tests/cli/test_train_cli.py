@@ -75,6 +75,23 @@ def test_logit_scale_moves_nll_and_no_rank(cli):
         assert (before == after) == name.startswith("top"), cells
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--retain-floor", "0.9"), "add --frontier"),
+        (("--frontier", "--plot", "a.svg"), "leave out one of them"),
+        (("--plot", "a.png"), "written as SVG"),
+        (("--data", "="), "write --data PATH or --data NAME=PATH"),
+    ],
+)
+def test_options_of_eval_that_do_not_go_together(monkeypatch, capsys, tmp_path, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["clipfreeze", "eval", "run", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert said in capsys.readouterr().err
+
+
 def pictures(folder, count=12):
     for index, picture in enumerate(demo.load_pictures("noto")[:count]):
         path = folder / f"{index}.webp"
@@ -89,6 +106,18 @@ def test_a_table_of_captions(cli, tmp_path):
     assert "12 captions" in out
     assert "recall" in out
     assert "captions" in cli("eval", "runs/projections-1")
+    sets = ("--data", "data.csv", "--data", "b=data.csv")
+    found = json.loads(cli("eval", "runs/projections-1", *sets, "--format", "json"))
+    assert list(found) == ["data", "b"]
+    assert found["data"] == found["b"]
+    out = cli("eval", "runs/projections-1", *sets, "--frontier", "--retain-floor", "0.5")
+    assert len(out.splitlines()) == 2 + 11 + 3
+    assert out.split("\n")[0].split() == [
+        "alpha", "data:", "image_to_text_recall_at_1", "b:", "image_to_text_recall_at_1"]  # fmt: skip
+    frontier = json.loads(cli("eval", "runs/projections-1", *sets, "--frontier", "--format", "json"))
+    assert frontier["points"][10]["metrics"] == found
+    assert (frontier["goal"], frontier["retain"]) == ("data", ["b"])
+    assert f"next        clipfreeze export runs/projections-1 --to open_clip --alpha {frontier['best_alpha']:g}" in out
 
 
 def test_a_folder_of_classes(cli, tmp_path):
@@ -112,6 +141,8 @@ def test_a_folder_of_classes(cli, tmp_path):
         "last=1",
     )
     assert "24 images, 12 classes" in out
+    assert scores(cli("eval", "runs/vision_only-1", "--plot", "sure.svg")) == scores(out)
+    assert "target: 24 images" in (tmp_path / "sure.svg").read_text()
 
 
 def test_apply_out_leaves_a_folder_for_any_trainer(cli, tmp_path):

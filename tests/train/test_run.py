@@ -68,8 +68,9 @@ def test_a_run_leaves_a_folder_that_gives_the_same_numbers(
     assert read_spec(tmp_path / "run") == spec
     assert eval_run(tmp_path / "run") == result.after
     assert result.after != result.before
-    whole = eval_run(tmp_path / "run", str(pictures / source))
-    assert [metrics.images for metrics in whole.values()] == [24]
+    whole = eval_run(tmp_path / "run", {"whole": str(pictures / source), "classes": str(pictures / "classes")})
+    assert {name: metrics.images for name, metrics in whole.items()} == {"whole": 24, "classes": 24}
+    assert (whole["whole"].kind, whole["classes"].kind) == (kind, "zero-shot")
 
 
 @pytest.mark.parametrize(
