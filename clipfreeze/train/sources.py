@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from clipfreeze import demo
@@ -14,6 +15,7 @@ PICTURE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg"),
     *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
 )
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 FOLDER_TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.")
 
 
@@ -23,13 +25,20 @@ def read_data(source: str | Path, layout: TableFormat | None = None) -> PairSet:
     if not str(source).strip():
         raise DataError("the data has an empty path", "a CSV file, or a folder with class folders")
     if path.is_dir():
-        return read_folder(path)
+        metadata = [path / name for name in METADATA if (path / name).is_file()]
+        return replace(read_metadata(metadata[0], layout), name=path.resolve().name) if metadata else read_folder(path)
     if path.is_file():
         return read_table(path, layout)
     here = path.parent if path.parent.is_dir() else Path()
     near = nearest(path.name, [entry.name for entry in here.iterdir()])
     fix = "did you mean " + " or ".join(str(here / name) for name in near) + "?" if near else None
     raise DataError(f"there is no data file or folder {source}", fix or "a CSV file, or a folder with class folders")
+
+
+def read_metadata(path: Path, layout: TableFormat | None = None) -> PairSet:
+    """The table that Hugging Face's image folders have beside the pictures: `file_name` and a caption."""
+    layout = layout or TableFormat()
+    return read_table(path, layout.model_copy(update={"image_column": layout.image_column or "file_name"}))
 
 
 def read_folder(path: Path) -> PairSet:
