@@ -48,7 +48,7 @@ class PairSet:
     class_names: tuple[str, ...] = ()
     templates: tuple[str, ...] = ("{}",)  # prompts around a caption or class name
     ignored: int = 0  # files or rows that make no pair
-    ignored_names: tuple[str, ...] = ()  # of the first few of them, with the reason where it is not plain
+    ignored_names: tuple[str, ...] = ()  # the first few of them
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -58,6 +58,33 @@ class PairSet:
 
     def __iter__(self) -> Iterator[Pair]:
         return iter(self.pairs)
+
+
+class LeftOut:
+    """Counts what makes no pair, and names the first few."""
+
+    _MOST = 20
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._names: list[str] = []
+
+    def add(self, name: str) -> None:
+        """Count one file or row."""
+        self.count += 1
+        if len(self._names) < self._MOST:
+            self._names.append(name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The first few."""
+        return tuple(self._names)
+
+    def shown(self) -> str:
+        """Count and names in words."""
+        if not self.count:
+            return "nothing else is there"
+        return f"left out: {self.count} files, the first {', '.join(self._names[:5])}"
 
 
 def split_pairs(pairs: PairSet, share: float = 0.1, seed: int = 0) -> tuple[PairSet, PairSet]:

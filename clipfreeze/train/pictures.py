@@ -12,6 +12,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from clipfreeze.errors import DataError, Problem
 from clipfreeze.train.pairs import Picture, Stored
 
+PICTURE_SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg"),
+    *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
+)
+
 # What Pillow's decoders raise on damaged files, beside UnidentifiedImageError.
 _DAMAGE = (
     OSError,

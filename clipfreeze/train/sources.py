@@ -1,4 +1,4 @@
-"""Where pairs come from: a table, a folder of class folders, or the embedded pictures."""
+"""Where pairs come from: a table, a folder, shards, or the embedded pictures."""
 
 from __future__ import annotations
 
@@ -8,31 +8,47 @@ from pathlib import Path
 
 from clipfreeze import demo
 from clipfreeze.errors import DataError, Problem, nearest
-from clipfreeze.train.pairs import Pair, PairSet
+from clipfreeze.train.pairs import LeftOut, Pair, PairSet
+from clipfreeze.train.pictures import PICTURE_SUFFIXES
+from clipfreeze.train.shards import SHARD_SUFFIXES, read_shards, shard_paths
 from clipfreeze.train.table import TableFormat, read_table
 
-PICTURE_SUFFIXES = (
-    *(".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg"),
-    *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
-)
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_WANTED = "a CSV file, a folder with class folders, or shards"
 FOLDER_TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.")
 
 
 def read_data(source: str | Path, layout: TableFormat | None = None) -> PairSet:
-    """A table of images and captions, or a folder with one subfolder of pictures a class."""
+    """A table of images and captions, a folder of class folders or with metadata, or webdataset shards."""
     path = Path(source)
     if not str(source).strip():
-        raise DataError("the data has an empty path", "a CSV file, or a folder with class folders")
+        raise DataError("the data has an empty path", _WANTED)
     if path.is_dir():
-        metadata = [path / name for name in METADATA if (path / name).is_file()]
-        return replace(read_metadata(metadata[0], layout), name=path.resolve().name) if metadata else read_folder(path)
+        return _read_dir(path, layout)
     if path.is_file():
-        return read_table(path, layout)
+        return read_shards([path], path.stem, layout) if _is_shard(path) else read_table(path, layout)
+    if set(str(source)) & set("{*?["):
+        return read_shards(shard_paths(str(source)), str(source), layout)
     here = path.parent if path.parent.is_dir() else Path()
     near = nearest(path.name, [entry.name for entry in here.iterdir()])
     fix = "did you mean " + " or ".join(str(here / name) for name in near) + "?" if near else None
-    raise DataError(f"there is no data file or folder {source}", fix or "a CSV file, or a folder with class folders")
+    raise DataError(f"there is no data file or folder {source}", fix or _WANTED)
+
+
+def _read_dir(path: Path, layout: TableFormat | None) -> PairSet:
+    name = path.resolve().name
+    for metadata in (path / file for file in METADATA):
+        if metadata.is_file():
+            return replace(read_metadata(metadata, layout), name=name)
+    entries = sorted(path.iterdir())
+    shards = [entry for entry in entries if _is_shard(entry)]
+    if shards and not any(entry.is_dir() for entry in entries):
+        return read_shards(shards, name, layout)
+    return read_folder(path)
+
+
+def _is_shard(path: Path) -> bool:
+    return path.name.lower().endswith(SHARD_SUFFIXES)
 
 
 def read_metadata(path: Path, layout: TableFormat | None = None) -> PairSet:
@@ -45,10 +61,12 @@ def read_folder(path: Path) -> PairSet:
     """Subfolders are the classes, their names with spaces for underscores the class names, pictures at any depth."""
     pairs: list[Pair] = []
     class_names: list[str] = []
+    left_out = LeftOut()
     files = sorted(Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
     for file in files:
         parts = file.relative_to(path).parts
         if len(parts) < 2 or any(part.startswith(".") for part in parts) or file.suffix.lower() not in PICTURE_SUFFIXES:
+            left_out.add(str(file))
             continue
         name = " ".join(parts[0].replace("_", " ").split())
         if name not in class_names:
@@ -58,7 +76,9 @@ def read_folder(path: Path) -> PairSet:
         what = f"no pictures in class folders, {len(files)} other files" if files else "the folder is empty"
         fix = "one subfolder a class with pictures in it, or a CSV of image paths and captions"
         raise DataError(Problem(what, fix, str(path)))
-    return PairSet(path.resolve().name, tuple(pairs), tuple(class_names), FOLDER_TEMPLATES, len(files) - len(pairs))
+    return PairSet(
+        path.resolve().name, tuple(pairs), tuple(class_names), FOLDER_TEMPLATES, left_out.count, left_out.names
+    )
 
 
 def demo_pairs(style: str, split: str) -> PairSet:
