@@ -8,18 +8,21 @@ from pathlib import Path
 
 from clipfreeze import demo
 from clipfreeze.errors import DataError, Problem, nearest
+from clipfreeze.train.hub import is_hub, read_hub
 from clipfreeze.train.pairs import LeftOut, Pair, PairSet
 from clipfreeze.train.pictures import PICTURE_SUFFIXES
 from clipfreeze.train.shards import SHARD_SUFFIXES, read_shards, shard_paths
 from clipfreeze.train.table import TableFormat, read_table
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-_WANTED = "a CSV file, a folder with class folders, or shards"
+_WANTED = "a table, a folder with class folders, shards, or hf:NAME"
 FOLDER_TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.")
 
 
 def read_data(source: str | Path, layout: TableFormat | None = None) -> PairSet:
-    """A table of images and captions, a folder of class folders or with metadata, or webdataset shards."""
+    """A table of images and captions, a folder of class folders or with metadata, shards, or hf:NAME."""
+    if is_hub(str(source)):
+        return read_hub(str(source), layout, FOLDER_TEMPLATES)
     path = Path(source)
     if not str(source).strip():
         raise DataError("the data has an empty path", _WANTED)
