@@ -106,7 +106,7 @@ def _members(shard: Path) -> Iterator[Member]:
         with tarfile.open(shard, "r:") as tar:
             for entry in tar:
                 last = entry.name
-                tar.members = []  # else all headers stay in memory
+                tar.members = []  # type: ignore[attr-defined]  # else all headers stay in memory
                 if entry.isreg() and not is_metadata(entry.name):
                     yield Member(shard, entry.name, entry.offset_data, entry.size)
             end = tar.offset

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from clipfreeze.train.shards import SHARD_SUFFIXES, read_shards, shard_paths
 from clipfreeze.train.table import TableFormat, read_table
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+TRAIN_NAMES = ("train", "training")
+HELD_OUT_NAMES = ("val", "valid", "validation", "dev", "test", "testing")
 _WANTED = "a table, a folder with class folders, shards, or hf:NAME"
 FOLDER_TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.")
 
@@ -44,10 +47,43 @@ def _read_dir(path: Path, layout: TableFormat | None) -> PairSet:
         if metadata.is_file():
             return replace(read_metadata(metadata, layout), name=name)
     entries = sorted(path.iterdir())
+    if parts := _part_folders(entries):
+        return _joined(name, {part.name: _read_dir(part, layout) for part in parts})
     shards = [entry for entry in entries if _is_shard(entry)]
     if shards and not any(entry.is_dir() for entry in entries):
         return read_shards(shards, name, layout)
     return read_folder(path)
+
+
+def _part_folders(entries: Sequence[Path]) -> list[Path]:
+    """Subfolders that are parts of the data and not classes: train and others for measuring, each with data in it."""
+    folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    names = {folder.name.casefold() for folder in folders}
+    if not names & set(TRAIN_NAMES) or not names <= {*TRAIN_NAMES, *HELD_OUT_NAMES}:
+        return []
+    parts = [folder for folder in folders if _holds_data(folder)]
+    return parts if {part.name.casefold() for part in parts} & set(TRAIN_NAMES) else []
+
+
+def _holds_data(folder: Path) -> bool:
+    return any(entry.is_dir() or entry.name in METADATA or _is_shard(entry) for entry in folder.iterdir())
+
+
+def _joined(name: str, parts: Mapping[str, PairSet]) -> PairSet:
+    """One set whose pairs say their part. Classes of the same name are the same class."""
+    classes = tuple(sorted({name for part in parts.values() for name in part.class_names}))
+    if classes and not all(part.class_names for part in parts.values()):
+        shown = ", ".join(part for part, pairs in parts.items() if not pairs.class_names)
+        raise DataError(f"{name} has parts with classes and others with captions: {shown}", "give them one by one")
+    number = {name: label for label, name in enumerate(classes)}
+    pairs = tuple(
+        replace(pair, split=part, label=None if pair.label is None else number[members.class_names[pair.label]])
+        for part, members in parts.items()
+        for pair in members
+    )
+    several = list(parts.values())
+    ignored_names = tuple(name for part in several for name in part.ignored_names)
+    return PairSet(name, pairs, classes, several[0].templates, sum(part.ignored for part in several), ignored_names)
 
 
 def _is_shard(path: Path) -> bool:
