@@ -16,8 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clipfreeze.errors import DataError, RunError
+from clipfreeze.train.broken import Broken, reason
 from clipfreeze.train.pairs import PairSet
 from clipfreeze.train.pictures import open_image
+
+_ATTEMPTS = 20  # pairs tried in the place of a broken one
 
 Transform = Callable[[Image.Image], Tensor]
 Batch = dict[str, Tensor]
@@ -36,6 +39,19 @@ class Sample:
     image: Tensor  # (3, H, W)
     caption: str
     label: int | None
+    broken: tuple[str, ...] = ()  # what could not be read in its place, and why
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A batch, and what could not be read while it was made: "folder/a.jpg: the file is empty"."""
+
+    batch: Batch
+    broken: tuple[str, ...] = ()
+
+    def pin_memory(self) -> Loaded:
+        """In memory that a GPU copies from while it computes; the DataLoader asks for it."""
+        return Loaded({key: value.pin_memory() for key, value in self.batch.items()}, self.broken)
 
 
 class Pictures(Dataset[Any]):
@@ -57,22 +73,33 @@ class Pictures(Dataset[Any]):
 
 
 class TrainingSamples(Dataset[Any]):
-    """Samples as a run of this seed sees them: the same ones whatever the number of workers or the order."""
+    """Samples as a run of this seed sees them: the same ones whatever the number of workers or the order.
 
-    def __init__(self, pairs: PairSet, transform: Transform, seed: int) -> None:
+    With more than one attempt, another pair of the data, drawn by the dice of the place, stands in for a broken one.
+    """
+
+    def __init__(self, pairs: PairSet, transform: Transform, seed: int, attempts: int = 1) -> None:
         self.pictures = Pictures(pairs, transform)
-        self.seed = seed
+        self.seed, self.attempts = seed, attempts
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, draw: Draw) -> Sample | DataError:
-        pairs = self.pictures.pairs
-        pair = pairs[draw.position]
-        with _dice(f"{self.seed}/{draw.epoch}/{draw.position}"):
-            caption = random.choice(pairs.templates).format(random.choice(pair.captions))
-            image = self.pictures[draw.position]
-        return image if isinstance(image, DataError) else Sample(image, caption, pair.label)
+        dice, position = f"{self.seed}/{draw.epoch}/{draw.position}", draw.position
+        broken: list[str] = []
+        for attempt in range(self.attempts):
+            if attempt:
+                dice = f"{self.seed}/{draw.epoch}/{draw.position}/{attempt}"
+                position = random.Random(dice).randrange(len(self))
+            pair = self.pictures.pairs[position]
+            with thrown(dice):
+                caption = random.choice(self.pictures.pairs.templates).format(random.choice(pair.captions))
+                image = self.pictures[position]
+            if not isinstance(image, DataError):
+                return Sample(image, caption, pair.label, tuple(broken))
+            broken.append(reason(image))
+        return image if self.attempts == 1 else DataError(f"{len(broken)} pictures in a row are broken, {broken[-1]}")
 
 
 class Shuffled(Sampler[Draw]):
@@ -91,9 +118,25 @@ class Shuffled(Sampler[Draw]):
         return self.size
 
     def __iter__(self) -> Iterator[Draw]:
-        order = list(range(self.size))
-        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
-        return (Draw(self.epoch, position) for position in order)
+        return (Draw(self.epoch, position) for position in _order(self.size, self.seed, self.epoch))
+
+
+class Steps(Sampler[list[Draw]]):
+    """A rank's draws of each step. All ranks together take of the epoch's order what one process with a batch `world`
+    times as large would take, in the same place."""
+
+    def __init__(self, size: int, seed: int, batch_size: int, rank: int, world: int) -> None:
+        self.size, self.seed, self.batch_size, self.rank, self.world = size, seed, batch_size, rank, world
+        self.epoch = self.skip = 0
+
+    def __len__(self) -> int:
+        return self.size // (self.batch_size * self.world)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        epoch, skip, order = self.epoch, self.skip, _order(self.size, self.seed, self.epoch)
+        for step in range(skip, len(self)):
+            start = (step * self.world + self.rank) * self.batch_size
+            yield [Draw(epoch, position) for position in order[start : start + self.batch_size]]
 
 
 class Tokenizer:
@@ -142,6 +185,70 @@ class Collate:
         return batch
 
 
+class Load:
+    """Samples to a loaded batch, with all that was broken on the way."""
+
+    def __init__(self, collate: Collate) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[Sample | DataError]) -> Loaded | DataError:
+        batch = self.collate(samples)
+        if isinstance(batch, DataError):
+            return batch
+        return Loaded(batch, tuple(name for sample in samples if isinstance(sample, Sample) for name in sample.broken))
+
+
+class TrainingLoader:
+    """The batches of each epoch, of exactly `batch_size` a rank, as many on every rank; what is left over is dropped.
+
+    Order, captions and augmentation come from seed, epoch and place, so they are the same whatever the workers, and
+    two ranks see what one rank sees that takes both their batches. A broken picture is named in `Loaded.broken`, and
+    another pair takes its place. Without a tokenizer batches hold no text; `labels` asks for the pairs' labels.
+    """
+
+    def __init__(
+        self,
+        pairs: PairSet,
+        transform: Transform,
+        tokenizer: Tokenizer | None,
+        *,
+        batch_size: int,
+        seed: int,
+        num_workers: int,
+        labels: bool = False,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """DataError when the data do not fill one batch of all ranks."""
+        check_batch(pairs.name, len(pairs), batch_size, world)
+        self._steps = Steps(len(pairs), seed, batch_size, rank, world)
+        self._loader: DataLoader[Any] = DataLoader(
+            TrainingSamples(pairs, transform, seed, _ATTEMPTS),
+            batch_sampler=self._steps,
+            collate_fn=Load(Collate(tokenizer, labels)),
+            **worker_settings(num_workers),
+        )
+
+    def __len__(self) -> int:
+        """Steps an epoch, the same on every rank."""
+        return len(self._steps)
+
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[Loaded]:
+        """Those of an epoch, from the one after the first `skip` on."""
+        self._steps.epoch, self._steps.skip = epoch, skip
+        yield from unbroken(self._loader)
+
+
+def check_batch(name: str, size: int, batch_size: int, world: int = 1) -> None:
+    """DataError unless a batch has something to tell apart and the data fill one of all ranks."""
+    if batch_size < 2:
+        raise DataError(f"a batch of {batch_size} has nothing to tell apart", "--batch-size 2 or more")
+    if size < batch_size * world:
+        ranks = f" on each of {world} ranks" if world > 1 else ""
+        what = f"a batch of {batch_size}{ranks} is larger than the data: {name} has {size} pictures"
+        raise DataError(what, f"--batch-size {size // world} or less" if size // world > 1 else "give more pictures")
+
+
 def training_loader(
     pairs: PairSet,
     transform: Transform,
@@ -155,26 +262,63 @@ def training_loader(
     """Batches of exactly `batch_size`: what is left over at the end of an epoch is dropped, so that each step has the
     same number of negatives. Without a tokenizer they hold no text; `labels` asks for the pairs' labels. DataError when
     the data do not fill one batch."""
-    if batch_size < 2:
-        raise DataError(f"a batch of {batch_size} has nothing to tell apart", "--batch-size 2 or more")
-    if len(pairs) < batch_size:
-        what = f"a batch of {batch_size} is larger than the data: {pairs.name} has {len(pairs)} pictures"
-        raise DataError(what, f"--batch-size {len(pairs)} or less" if len(pairs) > 1 else "give more pictures")
+    check_batch(pairs.name, len(pairs), batch_size)
     return DataLoader(
         TrainingSamples(pairs, transform, seed),
         batch_size,
         sampler=Shuffled(len(pairs), seed),
         drop_last=True,
         collate_fn=Collate(tokenizer, labels),
-        **_worker_settings(num_workers),
+        **worker_settings(num_workers),
     )
 
 
 def picture_loader(pairs: PairSet, transform: Transform, *, batch_size: int, num_workers: int) -> DataLoader[Any]:
     """All pictures in order as (B, 3, H, W)."""
-    return DataLoader(
-        Pictures(pairs, transform), batch_size, collate_fn=stack_pictures, **_worker_settings(num_workers)
-    )
+    return DataLoader(Pictures(pairs, transform), batch_size, collate_fn=stack_pictures, **worker_settings(num_workers))
+
+
+class EvaluationLoader:
+    """All pictures of a set, each once: a rank sees every `world`-th. Broken ones are left out with their pairs."""
+
+    def __init__(
+        self,
+        pairs: PairSet,
+        transform: Transform,
+        *,
+        batch_size: int,
+        num_workers: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self._loader: DataLoader[Any] = DataLoader(
+            Placed(pairs, transform),
+            batch_size,
+            sampler=range(rank, len(pairs), world),
+            collate_fn=split_broken,
+            **worker_settings(num_workers),
+        )
+
+    def batches(self, broken: Broken) -> Iterator[tuple[Tensor, Tensor]]:
+        """(B,) positions in the set and (B, 3, H, W) pictures; `broken` is told what is missing."""
+        for positions, images, names in unbroken(self._loader):
+            broken.add(names)
+            if len(positions):
+                yield positions, torch.stack(images)
+
+
+class Placed(Pictures):
+    """Pictures with their positions."""
+
+    def __getitem__(self, index: int) -> Any:
+        return index, super().__getitem__(index)
+
+
+def split_broken(placed: list[tuple[int, Tensor | DataError]]) -> tuple[Tensor, list[Tensor], list[str]]:
+    """Positions and pictures of what could be read, and the names of the rest."""
+    good = [(index, image) for index, image in placed if isinstance(image, Tensor)]
+    names = [reason(image) for _, image in placed if isinstance(image, DataError)]
+    return torch.tensor([index for index, _ in good]), [image for _, image in good], names
 
 
 def stack_pictures(images: list[Tensor | DataError]) -> Tensor | DataError:
@@ -203,13 +347,21 @@ def unbroken(loader: Any) -> Iterator[Any]:
         raise RunError(f"a worker process ended: {str(error).splitlines()[0]}", fix) from error
 
 
-def _worker_settings(num_workers: int) -> dict[str, Any]:
+def worker_settings(num_workers: int) -> dict[str, Any]:
+    """Of every DataLoader here."""
     return {
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
         "pin_memory": torch.cuda.is_available(),
         "generator": torch.Generator(),  # else each pass draws a number from the dice that dropout throws
     }
+
+
+def _order(size: int, seed: int, epoch: int) -> list[int]:
+    """All positions, as seed and epoch shuffle them."""
+    order = list(range(size))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
 
 
 def _concept(label: int | None, ids: Tensor) -> int:
@@ -220,7 +372,7 @@ def _concept(label: int | None, ids: Tensor) -> int:
 
 
 @contextmanager
-def _dice(text: str) -> Iterator[None]:
+def thrown(text: str) -> Iterator[None]:
     """Python's and torch's random numbers come from `text` inside, and go on outside as if nothing had been drawn."""
     seed = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
     before = random.getstate()

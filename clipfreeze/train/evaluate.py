@@ -16,7 +16,7 @@ from clipfreeze.inject.modes import evaluating
 from clipfreeze.train.batches import Tokenizer, Transform, picture_loader, unbroken
 from clipfreeze.train.calibration import Bin, calibration_gaps, reliability
 from clipfreeze.train.pairs import PairSet
-from clipfreeze.train.shards import Shard
+from clipfreeze.train.together import Shard
 
 _ROWS = 256  # of a score matrix looked at together
 _CLASSES = 64

@@ -10,6 +10,12 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from clipfreeze.errors import DataError, Problem
+from clipfreeze.train.pairs import Picture, Stored
+
+PICTURE_SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg"),
+    *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
+)
 
 # What Pillow's decoders raise on damaged files, beside UnidentifiedImageError.
 _DAMAGE = (
@@ -27,14 +33,14 @@ _DAMAGE = (
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
-def open_image(source: Path | bytes, place: str) -> Image.Image:
+def open_image(source: Picture, place: str) -> Image.Image:
     """Decode `source`; `place` says in messages where the picture comes from ("captions.csv:7").
 
     EXIF orientation is applied, transparency lies on white, animations give their first frame, 16-bit gray is scaled
     to 8 bits. DataError names the file when it is missing, empty, damaged, no picture, or above Pillow's pixel limit.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(_encoded(source))) as picture:
             if Image.MAX_IMAGE_PIXELS and picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError(f"{picture.width} x {picture.height} pixels")
             return _on_white(ImageOps.exif_transpose(picture))
@@ -44,10 +50,14 @@ def open_image(source: Path | bytes, place: str) -> Image.Image:
     except FileNotFoundError as error:
         raise _broken(source, place, "there is no such picture file") from error
     except UnidentifiedImageError as error:
-        empty = not (len(source) if isinstance(source, bytes) else source.stat().st_size)
+        empty = not (source.stat().st_size if isinstance(source, Path) else len(_encoded(source)))
         raise _broken(source, place, "the file is empty" if empty else "not a picture Pillow can read") from error
     except _DAMAGE as error:
         raise _broken(source, place, f"the picture cannot be decoded: {error}") from error
+
+
+def _encoded(source: bytes | Stored) -> bytes:
+    return source if isinstance(source, bytes) else source.read()
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
@@ -67,7 +77,7 @@ def _from_gray(picture: Image.Image) -> Image.Image:
     return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")
 
 
-def _broken(source: Path | bytes, place: str, what: str, fix: str | None = None) -> DataError:
+def _broken(source: Picture, place: str, what: str, fix: str | None = None) -> DataError:
     path = place if isinstance(source, bytes) else str(source)
     origin = "" if path == place else f" (from {place})"
     return DataError(Problem(what + origin, fix or "replace the file or take it out of the data", path))

@@ -20,7 +20,7 @@ from clipfreeze.errors import DataError
 from clipfreeze.train.batches import Tokenizer
 from clipfreeze.train.evaluate import Encoder, measure
 from clipfreeze.train.pairs import PairSet
-from clipfreeze.train.shards import Shard, this_shard
+from clipfreeze.train.together import Shard, this_shard
 
 from hand import Words, colour_pairs, transform
 

@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clipfreeze.errors import DataError
-from clipfreeze.train.table import SEPARATORS, TableFormat, read_table
+from clipfreeze.train.columns import TableFormat
+from clipfreeze.train.delimited import SEPARATORS
+from clipfreeze.train.table import read_table
 
 from hand import coloured
 
