@@ -24,9 +24,9 @@ def largest_batch(applied: Applied, module: Training, example: Mapping[str, Tens
 
     What backward keeps grows by the same bytes with each pair, which two sizes tell. RunError when 2 do not fit.
     """
-    device = engine.device
+    device: torch.device = engine.device
     batch = {name: value.to(device) for name, value in example.items()}
-    fixed = 4 * sum(p.numel() * p.element_size() for p in applied.trainable().values())  # gradients, moments, an average
+    fixed = 4 * sum(p.numel() * p.element_size() for p in applied.trainable().values())  # with gradients and moments
     two, four = (_kept_bytes(module, _repeated(batch, module, size), engine) for size in (2, 4))
     each = max(1, (four - two) // 2)
     room = _USED * _free_bytes(device) - fixed - max(0, two - 2 * each)
@@ -65,7 +65,7 @@ def _kept_bytes(module: Training, batch: dict[str, Tensor], engine: Any) -> int:
     with torch.random.fork_rng(), engine.autocast(), torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
         loss = module(**batch)
     del loss
-    return sum(kept.values())
+    return int(sum(kept.values()))
 
 
 def _fits(module: Training, batch: dict[str, Tensor], engine: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ class Average:
         """After an optimizer step."""
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         now: list[Tensor] = [parameter.detach() for parameter in self.parameters.values()]
-        get_ema_multi_avg_fn(decay)(list(self.values.values()), now, self.steps)
+        average: Any = get_ema_multi_avg_fn
+        average(decay)(list(self.values.values()), now, self.steps)
         self.steps += 1
 
     def restore(self, values: Mapping[str, Tensor], steps: int) -> None:

@@ -80,9 +80,10 @@ class Engine:
         names = {id(parameter): name for name, parameter in trained.items() if name not in idle}
         aside = [name for name, parameter in self.module.named_parameters() if id(parameter) not in names]
         aside += [name for name, _ in self.module.named_buffers()]  # frozen: no BatchNorm moves
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.module, aside)
+        wrapper: Any = nn.parallel.DistributedDataParallel
+        wrapper._set_params_and_buffers_to_ignore_for_model(self.module, aside)
         device = self.accelerator.device
-        self.wrapped = nn.parallel.DistributedDataParallel(
+        self.wrapped = wrapper(
             self.module, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
         )
 

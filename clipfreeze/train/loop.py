@@ -18,8 +18,10 @@ from clipfreeze.errors import DataError, InterruptedRunError
 from clipfreeze.policy.span import parse_span
 from clipfreeze.stored import WEIGHTS, read_weights
 from clipfreeze.train.auto_batch import largest_batch
-from clipfreeze.train.batches import Broken, Loaded, Tokenizer, TrainingLoader, Transform
+from clipfreeze.train.batches import Loaded, Tokenizer, TrainingLoader, Transform
 from clipfreeze.train.best import Best
+from clipfreeze.train.broken import Broken
+from clipfreeze.train.calibration import Bin
 from clipfreeze.train.checkpoints import Saved, checkpoint_path, keep_checkpoints, read_tensors, save_checkpoint
 from clipfreeze.train.class_texts import ClassTexts
 from clipfreeze.train.dice import Dice, dice_on, throw_again
@@ -145,12 +147,13 @@ class Run:
                 world=world_size(),
             )
 
-        self.batch_size = settings.batch_size
-        if self.batch_size == "auto":
+        if settings.batch_size == "auto":
             example = next(loader(2 * world_size()).batches(0)).batch
             if self.prompts is not None:
                 example = {**example, "text": self.prompts.at(0)}
             self.batch_size = largest_batch(applied, module, example, len(pairs), self.accelerator)
+        else:
+            self.batch_size = settings.batch_size
         self.loader = loader(self.batch_size)
         self.encoder = Encoder(applied.model, tokens, transform, num_workers=settings.num_workers or 0)
         self.steps_per_epoch = len(self.loader)
@@ -166,7 +169,7 @@ class Run:
         self.before: dict[str, Metrics] = {}
         self.losses: list[float] = []  # of this epoch
         self.notes: list[str] = []
-        self.broken = Broken()
+        self.broken = Broken(len(pairs))
         self.best: Best | None = None
         self.floor: RetainFloor | None = None
         self.kept: dict[str, Tensor] | None = None  # weights of `kept_step`, where not simply the last
@@ -186,9 +189,13 @@ class Run:
             check_room(folder, 4 * (self.settings.keep + 2) * size + 10**6)
         if resume is None:
             self.before = self._measured(measure_untuned)
+        else:
+            self.before = {name: _metrics(values) for name, values in resume.state["before"].items()}
         self._prepare_decisions()
         if resume is not None:
             self._restore(resume)
+        elif self.kept is not None:
+            self._save()
         start_trackers(self.accelerator, self.settings.trackers, folder, self.settings.model_dump())
         bar = Journal(self.accelerator, folder, self.total_steps, self.step, self.settings.trackers)
         with bar as self.journal, Stopping() as self.stopping:
@@ -230,9 +237,7 @@ class Run:
         batch = loaded.batch if self.prompts is None else {**loaded.batch, "text": self.prompts.at(self.step)}
         self._enter_phase(batch)
         lr = {str(group["name"]): float(group["lr"]) for group in self.optimizer.param_groups}
-        taken = self.engine.update(
-            batch, self.step + 1, lambda: [self.stopping.asked is not None, self._asked is not None, bool(loaded.broken)]
-        )
+        taken = self.engine.update(batch, self.step + 1, lambda: [*self._asked_to_end(), float(bool(loaded.broken))])
         self.step += 1
         self.losses.append(taken.loss)
         if self.average is not None:
@@ -263,13 +268,18 @@ class Run:
         for callback in self.callbacks:
             callback.on_step(self, record)
         if world_size() == 1:
-            stop, finish = self.stopping.asked is not None, self._asked is not None
+            stop, finish = self._asked_to_end()
         if stop and self.step < self.total_steps:
             self._save()
             signal = self.stopping.asked or "a signal to another rank"
-            raise InterruptedRunError(f"stopped by {signal} after step {self.step} of {self.total_steps}: {self._how_to_go_on()}")
+            done = f"stopped by {signal} after step {self.step} of {self.total_steps}"
+            raise InterruptedRunError(f"{done}: {self._how_to_go_on()}")
         if finish:
             self.reason = self.reason or self._asked or "rank 0 asked for it"
+
+    def _asked_to_end(self) -> tuple[float, float]:
+        """1 for a signal; 1 for a callback's wish."""
+        return float(self.stopping.asked is not None), float(self._asked is not None)
 
     def _due(self, stretch: str | None) -> bool:
         """Whether something done every `stretch` is due now; at the last step it always is."""
@@ -291,10 +301,10 @@ class Run:
         """What evaluations under way decide. DataError for a score that is not measured."""
         settings = self.settings
         if settings.best is not None or settings.patience is not None:
-            self.best = Best.by_name(settings.best, self.before or self._unmeasured())
+            self.best = Best.by_name(settings.best, self.before)
         if settings.retain_floor is not None:
             assert self.retain is not None
-            self.floor = RetainFloor(settings.retain_floor, settings.on_floor, _main(self.before[self.retain]).value)
+            self.floor = RetainFloor(settings.retain_floor, settings.on_floor, self.before[self.retain].main.value)
             if settings.on_floor == "rollback":
                 self._keep()
 
@@ -303,8 +313,8 @@ class Run:
         with torch.random.fork_rng(), self._averaged():
             found = self._measured(measure_tuned)
             self.journal.evaluation(self.step, found)
-            better = self.best.update(self.step, found) if self.best is not None else True
-            above = self.floor.check(self.step, _main(found[str(self.retain)]).value) if self.floor is not None else True
+            better = self.best is None or self.best.update(self.step, found)
+            above = self.floor is None or self.floor.check(self.step, found[str(self.retain)].main.value)
             if above and better and (self.best is not None or self.floor is not None):
                 self._keep()
         if self.kept_step == self.step:
@@ -333,11 +343,11 @@ class Run:
 
     def _count(self, loaded: Loaded) -> None:
         """Add up the broken pictures of all ranks; too many end the run."""
+        known = len(self.broken)
         for of_a_rank in everyones(loaded.broken):
             self.broken.add(of_a_rank)
-        for told in self.broken.take_new():
-            self._tell([told])
-        self.broken.check(self.settings.max_bad, len(self.train))
+        self._tell(f"left out: {told}" for told in self.broken.names[known:])
+        self.broken.check(self.settings.max_bad)
 
     def _tell(self, notes: Iterable[str]) -> None:
         """Now, and in the result."""
@@ -383,7 +393,7 @@ class Run:
             "kept_step": self.kept_step if self.kept is not None else None,
             "losses": self.losses,
             "notes": self.notes,
-            "broken": list(self.broken.told),
+            "broken": list(self.broken.names),
         }
 
     def _facts(self) -> dict[str, Any]:
@@ -462,7 +472,7 @@ class Run:
             seconds=seconds,
             data_wait=self.waited / seconds if seconds else 0.0,
             loss=loss,
-            broken=tuple(self.broken.told),
+            broken=self.broken.names,
             notes=tuple(self.notes),
             folder=self.folder,
         )
@@ -493,9 +503,10 @@ def _timed(batches: Iterator[Loaded]) -> Iterator[tuple[Loaded, float]]:
         yield loaded, time.monotonic() - started
 
 
-def _main(metrics: Metrics) -> Score:
-    """The first score."""
-    return next(iter(metrics.scores.values()))
+def _metrics(values: dict[str, Any]) -> Metrics:
+    """As `asdict` made them."""
+    scores = {name: Score(**score) for name, score in values["scores"].items()}
+    return Metrics(**{**values, "scores": scores, "reliability": tuple(Bin(**of) for of in values["reliability"])})
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

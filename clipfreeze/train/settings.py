@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError
 
@@ -74,17 +74,27 @@ class TrainingSettings(Spec):
         return self.evaluate_every or ("1 epochs" if decides else None)
 
 
+Settings = TypeVar("Settings", bound=TrainingSettings)
+
+
 def training_settings(**values: Any) -> TrainingSettings:
     """Settings by name. DataError for an unknown name, with the nearest, or a wrong value."""
+    return checked(TrainingSettings, values)
+
+
+def checked(kind: type[Settings], values: dict[str, Any]) -> Settings:
+    """Of these values. DataError for an unknown name, with the nearest, or a wrong value."""
     try:
-        return TrainingSettings(**values)
+        return kind(**values)
     except ValidationError as error:
-        raise DataError([_problem(fault, values) for fault in error.errors()]) from error
+        told = {str(fault["loc"][0]): _problem(fault, kind, values) for fault in error.errors()}  # one for each name
+        raise DataError(list(told.values())) from error
 
 
-def _problem(fault: Any, values: dict[str, Any]) -> Problem:
+def _problem(fault: Any, kind: type[TrainingSettings], values: dict[str, Any]) -> Problem:
     name = str(fault["loc"][0])
     if fault["type"] == "extra_forbidden":
-        return Problem(f"there is no setting {name!r}", did_you_mean(name, list(TrainingSettings.model_fields)))
+        return Problem(f"there is no setting {name!r}", did_you_mean(name, list(kind.model_fields)))
     message = str(fault["msg"]).removeprefix("Value error, ")
-    return Problem(f"{name} = {values.get(name)!r}: {message[0].lower()}{message[1:]}")
+    described = kind.model_fields[name].description
+    return Problem(f"{name} = {values.get(name)!r}: {message[0].lower()}{message[1:]}", described)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tomli
 from pydantic import Field, ValidationError
 
 from clipfreeze.errors import DataError, Problem
-from clipfreeze.policy.actions import Spec
 from clipfreeze.policy.loading import builtin_policies
 from clipfreeze.train.folder import SPEC, write_text
+from clipfreeze.train.settings import TrainingSettings, checked
 from clipfreeze.train.table import TableFormat
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -28,28 +29,35 @@ def installed_version() -> str:
         return "unknown"
 
 
-class RunSpec(Spec):
+class RunSpec(TrainingSettings):
     """A run: which policy on which model and data, and how long."""
 
     policy: str = Field(description="name of a built-in policy or path of a policy file")
     params: dict[str, bool | int | float | str] = Field({}, description="the policy's knobs that were set")
     model: str = Field("demo", description="what `clipfreeze.models.load` takes; demo is the embedded model")
     pretrained: str | None = Field(None, description="a tag or a checkpoint file")
-    data: str | None = Field(None, description="a table or folder; null: the embedded pictures")
-    val: str | None = Field(None, description="likewise, to evaluate on; null: a tenth of the data")
+    data: str | None = Field(None, description="a table, folder, shards or hf:NAME; null: the embedded pictures")
+    val: str | None = Field(
+        None, description='to evaluate on: likewise, "5%" of the data, or the name of a part of them; null: the part '
+        "that the data call so, else a tenth"
+    )  # fmt: skip
+    retain: str | None = Field(None, description="data that the model shall go on to know, measured too")
     table: TableFormat = TableFormat()
-    epochs: Annotated[int, Field(gt=0)] = 5
-    batch_size: Annotated[int, Field(gt=1)] = 64
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    num_workers: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="processes that decode pictures; 0: the trainer's own; null: some where a GPU waits for them"
-    )
     version: str = Field(default_factory=installed_version, description="of clipfreeze")
+
+    def training(self) -> dict[str, Any]:
+        """The settings that `fit` takes."""
+        return {name: getattr(self, name) for name in TrainingSettings.model_fields}
+
+
+def run_spec(**values: Any) -> RunSpec:
+    """A spec by name. DataError for an unknown name or a wrong value."""
+    return checked(RunSpec, values)
 
 
 def repeatable(spec: RunSpec) -> RunSpec:
     """With paths that hold from any folder."""
-    paths = {"data": spec.data, "val": spec.val, "pretrained": spec.pretrained}
+    paths = {"data": spec.data, "val": spec.val, "retain": spec.retain, "pretrained": spec.pretrained}
     if spec.policy not in builtin_policies():
         paths["policy"] = spec.policy
     absolute = {key: str(Path(path).resolve()) for key, path in paths.items() if path and Path(path).exists()}
@@ -69,7 +77,7 @@ def read_spec(folder: Path) -> RunSpec:
     if not path.is_file():
         raise DataError(f"{folder} is no run folder: it has no {SPEC}", "give the folder that `clipfreeze train` named")
     try:
-        return RunSpec.model_validate(tomli.loads(path.read_text(encoding="utf-8-sig")))
+        return RunSpec.model_validate(_as_tuples(tomli.loads(path.read_text(encoding="utf-8-sig"))))
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DataError(Problem(f"not valid TOML: {error}", None, str(path))) from error
     except ValidationError as error:
@@ -80,7 +88,7 @@ def read_spec(folder: Path) -> RunSpec:
 
 
 def toml_text(values: dict[str, Any]) -> str:
-    """Scalars, then a table for each dict of scalars."""
+    """Scalars and lists of them, then a table for each dict of scalars."""
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}
     lines = [f"{_key(key)} = {_scalar(value)}" for key, value in values.items() if key not in tables]
     for name, table in tables.items():
@@ -89,10 +97,15 @@ def toml_text(values: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _as_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """TOML has lists, a spec holds tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
 def _key(name: str) -> str:
     return name if _BARE_KEY.fullmatch(name) else _scalar(name)
 
 
-def _scalar(value: bool | int | float | str) -> str:
+def _scalar(value: bool | int | float | str | Sequence[str]) -> str:
     """JSON's spelling is TOML's, but for the one control character that JSON leaves bare."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
