@@ -46,7 +46,7 @@ def _high_rates(plan: Plan) -> Iterator[str]:
     if plan.optimizer.name.lower() == "sgd" or plan.model.parameters < PUBLISHED_FROM:
         return
     rates: dict[str | None, float] = {}
-    for group in (*plan.groups, *(of for phase in plan.phases for of in phase.groups)):
+    for group in plan.settings:
         rates[group.name] = max(group.lr, rates.get(group.name, 0.0))
     towers = [p for p in plan.trainable if p.role.endswith((".embed", ".blocks"))]
     if high := [p for p in towers if rates[p.group] > HIGHEST_TOWER_LR]:

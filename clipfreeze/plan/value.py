@@ -61,17 +61,6 @@ class PlannedParameter(_Value):
         return math.prod(self.shape)
 
 
-class PlannedGroup(_Value):
-    """One param group of the optimizer: parameters that are treated alike in every phase. Settings as of its first."""
-
-    name: str
-    lr: float
-    weight_decay: float
-    schedule: str | Schedule | None = Field(None, description="null: the policy's")
-    tensors: int
-    parameters: int
-
-
 class PhaseGroup(_Value):
     """One param group as it trains in a phase."""
 
@@ -79,6 +68,13 @@ class PhaseGroup(_Value):
     lr: float
     weight_decay: float
     schedule: str | Schedule | None = Field(None, description="null: the policy's")
+
+
+class PlannedGroup(PhaseGroup):
+    """One param group of the optimizer: parameters that are treated alike in every phase. Settings as of its first."""
+
+    tensors: int
+    parameters: int
 
 
 class PlannedPhase(_Value):
@@ -159,9 +155,14 @@ class Plan(_Value):
         """The parameters that train, in the model's order."""
         return tuple(parameter for parameter in self.parameters if parameter.trainable)
 
+    @property
+    def settings(self) -> tuple[PhaseGroup, ...]:
+        """All that any group is set to: overall, then phase by phase."""
+        return (*self.groups, *(group for phase in self.phases for group in phase.groups))
+
     def trains_in(self, phase: int | None) -> frozenset[str]:
         """Names of the parameters that train in a phase, by its index from 0; None: of all phases together."""
-        groups = self.groups if phase is None else self.phases[phase].groups
+        groups: tuple[PhaseGroup, ...] = self.groups if phase is None else self.phases[phase].groups
         names = {group.name for group in groups}
         return frozenset(parameter.name for parameter in self.trainable if parameter.group in names)
 
