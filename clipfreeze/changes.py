@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from clipfreeze.anatomy.partition import WRAPPERS
 from clipfreeze.errors import ApplyError, PlanError, Problem, did_you_mean
@@ -27,7 +26,8 @@ from clipfreeze.inject.registry import Tokenizer
 from clipfreeze.optim.checks import training_problems
 from clipfreeze.optim.groups import param_groups, prove_groups
 from clipfreeze.optim.optimizers import build_optimizer
-from clipfreeze.optim.schedules import build_scheduler
+from clipfreeze.optim.phases import PHASE, phase_starts, plan_scheduler, set_groups
+from clipfreeze.optim.policy_scheduler import PolicyScheduler
 from clipfreeze.optim.step_hooks import Pull, clamp_after_steps, pull_before_steps
 from clipfreeze.plan.sites import Site, renamed
 from clipfreeze.plan.value import Plan, PlannedParameter
@@ -44,14 +44,12 @@ def apply(plan: Plan, model: nn.Module, *, tokenizer: Tokenizer | None = None) -
     """Do to `model` what `plan` says, in place, or nothing at all.
 
     What is frozen gets no gradient and stands still: in eval mode also after `model.train()`, and so does every
-    BatchNorm. Give the bare model; wrap it (DDP, compile) afterwards. `tokenizer` is the model's, where words or class
-    names start a prompt or head and its vocabulary is not CLIP's. Raises ApplyError when plan and model do not fit,
-    PlanError when the optimizer or schedule cannot be made.
+    BatchNorm. With phases the model is in the first one afterwards. Give the bare model; wrap it (DDP, compile) then.
+    `tokenizer` is the model's, where words or class names start a prompt or head and its vocabulary is not CLIP's.
+    Raises ApplyError when plan and model do not fit, PlanError when the optimizer or a schedule cannot be made.
     """
     _check(plan, model)
-    dims = {len(planned.shape) for planned in plan.trainable}
-    wrong = training_problems(plan.optimizer, plan.schedule, any(group.schedule for group in plan.groups), dims)
-    if problems := [problem for section in wrong for problem in section]:
+    if problems := training_problems(plan):
         raise PlanError(problems)
     return _changed(plan, model, tokenizer, None)
 
@@ -77,10 +75,10 @@ class Applied:
     """A plan at work on a model. Made by `apply` and `load`."""
 
     def __init__(
-        self, plan: Plan, model: nn.Module, start: Mapping[str, Tensor], added: Added, undo: ExitStack
+        self, plan: Plan, model: nn.Module, start: Mapping[str, Tensor], added: Added, held: _Held, undo: ExitStack
     ) -> None:
         self.plan, self.model = plan, model
-        self._undo = undo
+        self._held, self._undo = held, undo
         self._start = dict(start)
         self._sets = {plan.policy.name: added}
         self._scale = 1.0
@@ -101,21 +99,37 @@ class Applied:
     def _own(self) -> Added:
         return next(iter(self._sets.values()))
 
+    @property
+    def phase(self) -> int | None:
+        """The phase that the model is in, from 0; None in a run without phases."""
+        return self._held.phase
+
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that train, by name, in the plan's order."""
+        """The parameters that train, in whichever phase, by name, in the plan's order."""
         self._refuse_idle()
         parameters = dict(self.model.named_parameters())
         return {planned.name: parameters[planned.name] for planned in self.plan.trainable}
 
+    def training(self) -> dict[str, nn.Parameter]:
+        """Those that train in the phase that the model is in."""
+        names = self.plan.trains_in(self.phase)
+        return {name: parameter for name, parameter in self.trainable().items() if name in names}
+
     def optimizer(self) -> torch.optim.Optimizer:
         """The policy's optimizer over the plan's groups, each with its "name", lr and weight decay.
 
-        Its steps keep `clamp`, and add the gradient of `l2sp` first (hence after unscaling and clipping).
+        Its steps keep `clamp`, and add the gradient of `l2sp` first (hence after unscaling and clipping). With phases
+        it and the model are in the first, and its groups are those of all phases: what is frozen has lr 0 and no state.
         """
         self._refuse_idle()
         parameters = dict(self.model.named_parameters())
+        first = 0 if self.plan.phases else None
+        if self.phase != first:
+            self._held.move(first)
         optimizer = build_optimizer(self.plan.optimizer, param_groups(self.plan, parameters))
-        prove_groups(optimizer, self.plan, parameters)
+        prove_groups(optimizer, self.plan, parameters, first)
+        if first is not None:
+            set_groups(optimizer, self.plan, first)
         if pulls := self._pulls():
             self._undo.callback(pull_before_steps(optimizer, pulls).remove)
         bounds = [(parameters[planned.name], planned.clamp) for planned in self.plan.trainable if planned.clamp]
@@ -123,20 +137,47 @@ class Applied:
             self._undo.callback(clamp_after_steps(optimizer, bounds).remove)
         return optimizer
 
+    def phase_starts(self, total_steps: int, steps_per_epoch: int | None = None) -> list[int]:
+        """The first step of each phase in a run of `total_steps`; [0] without phases.
+
+        Raises PlanError when a phase would have no steps, or epochs are said and their length is not given.
+        """
+        return phase_starts(self.plan.phases, total_steps, steps_per_epoch)
+
+    def enter_phase(self, optimizer: torch.optim.Optimizer, index: int) -> None:
+        """Go on with a phase, from 0: gradients, modes, lr and weight decay as it has them.
+
+        What is frozen in it has no gradient, no decay and no momentum from now on, and starts afresh should it train
+        again. The scheduler of `scheduler()` does this by itself; in the phase already, nothing happens. Between two
+        steps only; a DDP wrapper has to be made anew, since it looked at what trains when it was made.
+        """
+        self._refuse_idle()
+        if not 0 <= index < len(self.plan.phases):
+            raise ApplyError(f"there is no phase {index}", f"this policy has {len(self.plan.phases)}, from 0")
+        if self.phase != index:
+            self._held.move(index)
+        if any(group.get(PHASE, index) != index for group in optimizer.param_groups):
+            set_groups(optimizer, self.plan, index)
+
     def scheduler(
         self, optimizer: torch.optim.Optimizer, total_steps: int, steps_per_epoch: int | None = None
-    ) -> LRScheduler:
-        """The policy's schedule for a run of `total_steps`; step it once after each optimizer step.
+    ) -> PolicyScheduler:
+        """The policy's schedules for a run of `total_steps`; step it once after each optimizer step.
 
-        `steps_per_epoch` is needed where the policy counts its warmup in epochs.
+        It enters the phases as they begin. `steps_per_epoch` is needed where the policy counts in epochs.
         """
-        by_group = {group.name: group.schedule for group in self.plan.groups if group.schedule}
-        return build_scheduler(self.plan.schedule, optimizer, total_steps, steps_per_epoch, by_group)
+
+        def enter(phase: int) -> None:
+            if self.plan.phases:
+                self.enter_phase(optimizer, phase)
+
+        return plan_scheduler(self.plan, optimizer, total_steps, steps_per_epoch, enter)
 
     def penalty(self) -> Tensor:
-        """The value of all `l2sp` terms, for the log: `optimizer()` adds their gradient, so keep it out of the loss."""
+        """The value of the `l2sp` terms of what trains now, for the log alone: `optimizer()` adds their gradient."""
         device = next(self.model.parameters()).device
-        return sum((pull.penalty() for pull in self._pulls()), start=torch.zeros((), device=device))
+        training = (pull.penalty() for pull in self._pulls() if pull.parameter.requires_grad)
+        return sum(training, start=torch.zeros((), device=device))
 
     def _pulls(self) -> tuple[Pull, ...]:
         parameters = dict(self.model.named_parameters())
@@ -321,6 +362,33 @@ class _Saved:
             raise ApplyError(f"{self.path} belongs to another base model: {what}", fix)
 
 
+@dataclass
+class _Held:
+    """Gradients and modes as a phase has them; `undo` takes them back."""
+
+    plan: Plan
+    model: nn.Module
+    undo: ExitStack
+    phase: int | None = None
+
+    def hold(self, phase: int | None) -> None:
+        """For the first time; None holds for all phases."""
+        set_trainable(self.model, self.plan.trains_in(phase), self.undo)
+        stand_still(self.model, self.undo)
+        self.phase = phase
+
+    def move(self, phase: int | None) -> None:
+        """On to another phase, in the mode that the model is in."""
+        mode = self.model.training
+        self.undo.close()
+        self.hold(phase)
+        self.model.train(mode)
+        for parameter in self.model.parameters():
+            if not parameter.requires_grad:
+                parameter.grad = None
+        _forget_compiled()
+
+
 def _changed(plan: Plan, model: nn.Module, tokenizer: Tokenizer | None, saved: _Saved | None) -> Applied:
     """The transaction. Without a saved policy's weights the parameters start as the plan says."""
     own = [planned for planned in plan.parameters if planned.origin == "model"]
@@ -342,12 +410,12 @@ def _changed(plan: Plan, model: nn.Module, tokenizer: Tokenizer | None, saved: _
             start |= {name: saved.tensors[_START + name] for name in _restarted(plan)}
             overwrite(model, {planned.name: saved.tensors[planned.name] for planned in _changing(plan)}, failed)
             _overwrite(added.state(), saved.tensors)
-        set_trainable(model, {planned.name for planned in plan.trainable}, undo)
-        stand_still(model, undo)
+        held = _Held(plan, model, undo.enter_context(ExitStack()))
+        held.hold(0 if plan.phases else None)
         drop_inputs(plan.parameters, model, undo)
         _forget_compiled()
         undo.callback(_forget_compiled)
-        applied = Applied(plan, model, start, added, undo)
+        applied = Applied(plan, model, start, added, held, undo)
         _warn_of_clamps(plan, model)
         failed.pop_all()
     return applied

@@ -9,6 +9,7 @@ import typer
 from clipfreeze.cli.common import Format, FormatOption, SetOption, anatomy_of, knob_settings, plan_for, print_json
 from clipfreeze.errors import ClipfreezeError, PolicyError, Problem
 from clipfreeze.policy.loading import Policy, builtin_policies, load_policy
+from clipfreeze.policy.schema import SCHEDULES
 
 
 def run(
@@ -54,7 +55,10 @@ def _check_without_model(policy: Policy) -> None:
     from clipfreeze.plan.match import pattern_problems
 
     def sections(of: Policy) -> tuple[object, ...]:
-        return of.optimizer.name, of.optimizer.options, of.schedule
+        own = [
+            rule.rule.schedule for rule in of.all_rules if rule.active and rule.rule.schedule not in (None, *SCHEDULES)
+        ]
+        return of.optimizer.name, of.optimizer.options, of.optimizer.warm_start, of.schedule, own
 
     problems = list(pattern_problems(policy))
     if sections(policy) not in map(sections, map(load_policy, builtin_policies())):

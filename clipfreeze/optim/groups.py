@@ -29,15 +29,21 @@ def param_groups(plan: Plan, parameters: Mapping[str, nn.Parameter]) -> list[dic
     ]
 
 
-def prove_groups(optimizer: torch.optim.Optimizer, plan: Plan, parameters: Mapping[str, nn.Parameter]) -> None:
-    """ApplyError unless each trainable tensor is in one group, with its own settings, and no other is in any."""
+def prove_groups(
+    optimizer: torch.optim.Optimizer, plan: Plan, parameters: Mapping[str, nn.Parameter], phase: int | None = None
+) -> None:
+    """ApplyError unless each trainable tensor is in one group, with its own settings, and no other is in any.
+
+    `phase` is the one that the model is in.
+    """
+    training = plan.trains_in(phase)
     held = Counter(id(tensor) for group in optimizer.param_groups for tensor in group["params"])
     group_of = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
     for planned in plan.parameters:
         tensor = parameters[planned.name]
         if (count := held.pop(id(tensor), 0)) != planned.trainable:
             raise ApplyError(f"{planned.name} is in {count} param groups")
-        if tensor.requires_grad != planned.trainable:
+        if tensor.requires_grad != (planned.name in training):
             what = f"{planned.name} has requires_grad={tensor.requires_grad}, which is not what the plan says"
             raise ApplyError(what, "leave requires_grad to the policy, or remove() it and apply another")
         if planned.trainable:

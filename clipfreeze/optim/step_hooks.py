@@ -1,4 +1,7 @@
-"""What happens around each optimizer step: a pull to the start values before it, bounds after it."""
+"""What happens around each optimizer step: a pull to the start values before it, bounds after it.
+
+Both leave alone what is frozen at that time.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,8 @@ def _pull(
         raise RunError("l2sp does not go with optimizer.step(closure): the closure makes the gradients anew")
     scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales by itself, after this
     for pull in pulls:
-        pull.add_gradient(1.0 if scale is None else scale)
+        if pull.parameter.requires_grad:
+            pull.add_gradient(1.0 if scale is None else scale)
 
 
 @torch.no_grad()
@@ -71,4 +75,5 @@ def _clamp(
     kwargs: dict[str, Any],
 ) -> None:
     for parameter, (low, high) in bounds:
-        parameter.clamp_(low, high)
+        if parameter.requires_grad:
+            parameter.clamp_(low, high)

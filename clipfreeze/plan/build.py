@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from clipfreeze.anatomy.parts import TOWER_PARTS, Anatomy, Parameter
 from clipfreeze.errors import PlanError, Problem
 from clipfreeze.plan.additions import extended, find_additions
 from clipfreeze.plan.additions import speeches as action_speeches
-from clipfreeze.plan.cascade import Decisions, Speech, Word, decide, winner
+from clipfreeze.plan.cascade import Speech, Word, winner
+from clipfreeze.plan.grouping import Treatment, Treatments, group_name, phase_groups, planned_groups
 from clipfreeze.plan.lint import lint_warnings
 from clipfreeze.plan.match import Matcher
+from clipfreeze.plan.stretches import Stretch, find_stretches
 from clipfreeze.plan.value import (
     Claim,
     Estimate,
     ModelFacts,
     Plan,
-    PlannedGroup,
     PlannedParameter,
+    PlannedPhase,
     PolicyFacts,
     RuleReport,
     Totals,
@@ -26,7 +29,7 @@ from clipfreeze.plan.value import (
 from clipfreeze.policy.actions import ACTIONS, Action
 from clipfreeze.policy.loading import PlacedRule, Policy
 from clipfreeze.policy.patterns import PatternError
-from clipfreeze.policy.schema import SETTINGS, TRAINING_SETTINGS
+from clipfreeze.policy.schema import SETTINGS, TRAINING_SETTINGS, Schedule
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,32 +61,30 @@ class _Resolution:
     def __init__(self, policy: Policy, anatomy: Anatomy) -> None:
         self.policy = policy
         self.problems: list[Problem] = []
-        self.claims: dict[tuple[str, int, str, bool], Claim] = {}
-        self.rules = policy.rules
+        self.claims: dict[tuple[str, int, str, tuple[int, ...]], Claim] = {}
+        self.rules = policy.all_rules
         self.additions = find_additions(anatomy, self.rules, self.problems)
         self.anatomy = extended(anatomy, self.additions.sites)
         self.matched = self._matched()
         added = action_speeches(
             self.additions, {parameter.name: index for index, parameter in enumerate(self.anatomy.parameters)}
         )
-        speeches: list[Speech] = []
+        speeches: dict[int, list[Speech]] = {}
         for number, (rule, matched) in enumerate(zip(self.rules, self.matched, strict=True), start=1):
             if rule.active:
                 said = {name: value for name, value in rule.rule.said().items() if name not in ACTIONS}
-                speeches += [Speech(number, said, matched if said else ()), *added.get(number, ())]
-        self.decisions = decide(len(self.anatomy.parameters), speeches)
-        self.trains = list(map(self._trains, range(len(self.anatomy.parameters))))
+                speeches[number] = [Speech(number, said, matched if said else ()), *added.get(number, ())]
+        self.stretches = find_stretches(policy, self.anatomy.parameters, speeches)
+        self.trains = [any(of) for of in zip(*(stretch.trains for stretch in self.stretches), strict=True)]
 
     def plan(self) -> Plan:
         decided = self._decided()
         self._check_effects(decided)
-        if not self.problems and not any(self.trains):
-            self.problems.append(self._nothing_trains())
+        if not self.problems:
+            self.problems += [self._nothing_trains(of) for of in self.stretches if not any(of.trains)]
         if self.problems:
             raise PlanError(self.problems)
-        parameters = tuple(
-            self._planned(*of) for of in zip(self.anatomy.parameters, self.decisions, self.trains, strict=True)
-        )
+        parameters = tuple(self._planned(index) for index in range(len(self.anatomy.parameters)))
         if self.problems:
             raise PlanError(self.problems)
         trainable = [parameter for parameter in parameters if parameter.trainable]
@@ -95,23 +96,25 @@ class _Resolution:
             totals=Totals(parameters=total, trainable=trains, injected=injected, frozen=total - trains),
             parameters=parameters,
             sites=self.additions.sites,
-            groups=tuple(_groups(trainable)),
+            groups=tuple(planned_groups(trainable)),
             optimizer=self.policy.optimizer,
             schedule=self.policy.schedule,
             rules=tuple(
                 RuleReport(
                     rule=number,
                     source=rule.source,
+                    phase=self._phase_of(number),
                     match=rule.rule.match,
-                    says=_plain(rule.rule.said()),
+                    says={name: _plain(value) for name, value in rule.rule.said().items()},
                     active=rule.active,
                     matched=len(matched),
                     decided=len(decided[number - 1]),
                 )
                 for number, (rule, matched) in enumerate(zip(self.rules, self.matched, strict=True), start=1)
             ),
-            frontier={tower.name: self._frontier(tower.name) for tower in self.anatomy.towers},
-            estimate=_estimate(parameters, self.policy),
+            frontier=self._frontiers(self.trains),
+            estimate=_estimate(parameters, self.stretches, self.policy),
+            phases=tuple(self._phases(parameters)) if self.policy.phases else (),
         )
         return plan.model_copy(update={"warnings": tuple(lint_warnings(plan, self.anatomy))})
 
@@ -176,13 +179,24 @@ class _Resolution:
         self.problems.append(Problem(what, fix, rule.path, rule.line))
 
     def _decided(self) -> list[dict[int, set[str]]]:
-        """Of each rule, the parameters of which it decides something, and what."""
+        """Of each rule, the parameters of which it decides something in some stretch, and what."""
         decided: list[dict[int, set[str]]] = [{} for _ in self.rules]
-        for index, decisions in enumerate(self.decisions):
-            for setting in decisions:
-                if word := winner(decisions, setting):
-                    decided[word.rule - 1].setdefault(index, set()).add(setting)
+        for stretch in self.stretches:
+            for index, decisions in enumerate(stretch.decisions):
+                for setting in decisions:
+                    if word := winner(decisions, setting):
+                        decided[word.rule - 1].setdefault(index, set()).add(setting)
         return decided
+
+    def _phase_of(self, number: int) -> int | None:
+        """The phase that a rule stands in, from 1."""
+        if number <= len(self.policy.rules):
+            return None
+        return next(place for place, stretch in enumerate(self.stretches, start=1) if number in stretch.rules)
+
+    def _where(self, number: int) -> list[Stretch]:
+        """The stretches that a rule speaks in."""
+        return [stretch for stretch in self.stretches if number in stretch.rules]
 
     def _check_effects(self, decided: list[dict[int, set[str]]]) -> None:
         """No rule may be without effect: outvoted on all it matches, or tuning what stays frozen.
@@ -202,11 +216,18 @@ class _Resolution:
                 continue
             for setting in rule.rule.said():
                 of = [index for index, settings in decided[number - 1].items() if setting in settings]
-                idle = setting in TRAINING_SETTINGS and not any(self.trains[index] for index in of)
-                if of and idle and anything_trains:
+                if of and setting in TRAINING_SETTINGS and anything_trains and not self._tunes(number, setting, of):
                     self._check_idle(number, setting, of)
                 if setting == "dropout" and rule.rule.dropout:
                     self._check_dropout(rule, of)
+
+    def _tunes(self, number: int, setting: str, of: list[int]) -> bool:
+        """Does anything train, in some stretch, for which this rule decides the setting there?"""
+        return any(
+            stretch.trains[index] and (word := winner(stretch.decisions[index], setting)) and word.rule == number
+            for stretch in self._where(number)
+            for index in of
+        )
 
     def _over(self, number: int, rule: PlacedRule, matched: frozenset[int]) -> set[int]:
         """The rules that outvote all that this one says."""
@@ -217,7 +238,7 @@ class _Resolution:
         }
         if not rule.rule.said().keys() - ACTIONS.keys():
             return over
-        return over | {self._last_word(index, rule) for index in matched}
+        return over | {self._last_word(index, rule, of) for of in self._where(number) for index in matched}
 
     def _check_dropout(self, rule: PlacedRule, of: list[int]) -> None:
         for parameter in (self.anatomy.parameters[index] for index in of):
@@ -225,19 +246,24 @@ class _Resolution:
                 self._problem(rule, f"dropout on {parameter.name}, which is no projection", 'write match = "@proj"')
                 return
 
-    def _last_word(self, index: int, rule: PlacedRule) -> int:
-        """The last rule to outvote `rule` on some setting of a parameter."""
+    def _last_word(self, index: int, rule: PlacedRule, stretch: Stretch) -> int:
+        """The last rule to outvote `rule` on some setting of a parameter in a stretch."""
         said = (setting for setting in rule.rule.said() if setting not in ACTIONS)
         settings = ("train" if setting == "freeze" else setting for setting in said)
-        words = [self.decisions[index][setting][-1] for setting in settings]
-        if "lr_scale" in rule.rule.said() and "lr" in self.decisions[index]:
-            words.append(self.decisions[index]["lr"][-1])
+        words = [stretch.decisions[index][setting][-1] for setting in settings]
+        if "lr_scale" in rule.rule.said() and "lr" in stretch.decisions[index]:
+            words.append(stretch.decisions[index]["lr"][-1])
         return max(word.rule for word in words)
 
     def _check_idle(self, number: int, setting: str, of: list[int]) -> None:
         """A setting that only frozen parameters have; a later file may have frozen them."""
         rule = self.rules[number - 1]
-        freezers = {word.rule for index in of if (word := winner(self.decisions[index], "train")) and not word.value}
+        freezers = {
+            word.rule
+            for stretch in self._where(number)
+            for index in of
+            if (word := winner(stretch.decisions[index], "train")) and not word.value
+        }
         if any(freezer > number and self.rules[freezer - 1].file != rule.file for freezer in freezers):
             return
         names = [self.anatomy.parameters[index].name for index in of]
@@ -254,14 +280,10 @@ class _Resolution:
             fix = f"of what the rule adds, write it inside: {actions[0]} = {{ {setting} = ... }}"
         self._problem(rule, what, fix)
 
-    def _trains(self, index: int) -> bool:
-        if self.anatomy.parameters[index].fixed:
-            return False
-        word = winner(self.decisions[index], "train")
-        return bool(word.value) if word else self.policy.default == "train"
-
-    def _planned(self, parameter: Parameter, decisions: Decisions, trainable: bool) -> PlannedParameter:
-        values = {setting: word.value for setting in decisions if (word := winner(decisions, setting))}
+    def _planned(self, index: int) -> PlannedParameter:
+        parameter = self.anatomy.parameters[index]
+        first = next((stretch for stretch in self.stretches if stretch.trains[index]), None)
+        values = _values(first or self.stretches[0], index)
         common: dict[str, Any] = {
             "name": parameter.name,
             "shape": parameter.shape,
@@ -269,27 +291,57 @@ class _Resolution:
             "role": parameter.role,
             "block": parameter.block,
             "origin": parameter.role if parameter.role in ACTIONS else "model",
-            "trainable": trainable,
+            "trainable": first is not None,
             "fixed": parameter.fixed,
             "init": values.get("init"),
-            "claims": tuple(self._claims(decisions)),
+            "claims": tuple(self._claims(index)),
         }
-        if not trainable:
+        if first is None:
             return PlannedParameter(**common)
-        schedule = values.get("schedule")
-        schedule = None if schedule == self.policy.schedule.name else schedule
-        lr = self._lr(parameter, values)
-        weight_decay = values.get("weight_decay", self.policy.optimizer.weight_decay)
+        treatments = self._treatments(index)
         return PlannedParameter(
             **common,
-            lr=lr,
-            weight_decay=weight_decay,
-            schedule=schedule,
+            **next(treatment for treatment in treatments if treatment is not None)._asdict(),
             clamp=values.get("clamp"),
             l2sp=values.get("l2sp") or None,
             dropout=values.get("dropout") or None,
-            group=_group_name(lr, weight_decay, schedule),
+            group=group_name(treatments),
         )
+
+    def _treatments(self, index: int) -> Treatments:
+        return tuple(
+            self._treatment(self.anatomy.parameters[index], _values(stretch, index)) if stretch.trains[index] else None
+            for stretch in self.stretches
+        )
+
+    def _treatment(self, parameter: Parameter, values: dict[str, Any]) -> Treatment:
+        weight_decay = values.get("weight_decay", self.policy.optimizer.weight_decay)
+        return Treatment(self._lr(parameter, values), weight_decay, self._schedule(values.get("schedule")))
+
+    def _schedule(self, said: str | Schedule | None) -> str | Schedule | None:
+        """A rule's schedule, its warmup the policy's unless said; None where it is no other than the policy's."""
+        own = self.policy.schedule
+        if isinstance(said, Schedule):
+            whole = said if "warmup" in said.model_fields_set else said.model_copy(update={"warmup": own.warmup})
+            return None if whole.model_dump() == own.model_dump() else whole
+        return None if said == own.name else said
+
+    def _phases(self, parameters: tuple[PlannedParameter, ...]) -> Iterator[PlannedPhase]:
+        treatments = {
+            planned.group: self._treatments(index) for index, planned in enumerate(parameters) if planned.group
+        }
+        for number, stretch in enumerate(self.stretches):
+            training = [planned for planned, trains in zip(parameters, stretch.trains, strict=True) if trains]
+            phase = stretch.phase.phase if stretch.phase else None
+            yield PlannedPhase(
+                name=(phase.name or str(number + 1)) if phase else "rest",
+                until=phase.until if phase else None,
+                warmup=phase.warmup if phase else 0,
+                tensors=len(training),
+                parameters=sum(planned.size for planned in training),
+                groups=tuple(phase_groups(treatments, number)),
+                frontier=self._frontiers(stretch.trains),
+            )
 
     def _lr(self, parameter: Parameter, values: dict[str, Any]) -> float:
         lr = values.get("lr", self.policy.optimizer.lr)
@@ -304,23 +356,41 @@ class _Resolution:
             scaled *= values["layer_decay"] ** _blocks_above(parameter, self.anatomy)
         return scaled if scaled == lr else float(f"{scaled:.6g}")  # so that groups with one lr are one
 
-    def _claims(self, decisions: Decisions) -> Iterator[Claim]:
+    def _claims(self, index: int) -> Iterator[Claim]:
         for setting in ("train", *SETTINGS[2:]):  # freeze is train, said with false
-            best = winner(decisions, setting)
-            for word in decisions.get(setting, []):
-                yield self._claim(setting, word, word is best)
+            words: dict[int, list[Word]] = {}
+            wins: dict[int, tuple[int, ...]] = {}
+            for number, stretch in enumerate(self.stretches, start=1):
+                decisions = stretch.decisions[index]
+                said = decisions.get(setting, [])
+                words |= {rule: list(of) for rule, of in groupby(said, key=lambda word: word.rule)}
+                if best := winner(decisions, setting):
+                    wins[best.rule] = (*wins.get(best.rule, ()), number)
+            for rule in sorted(words):  # of one rule's words, an action's among them, the last is the one that counts
+                *others, last = words[rule]
+                yield from (self._claim(setting, word, ()) for word in others)
+                yield self._claim(setting, last, wins.get(rule, ()))
 
-    def _claim(self, setting: str, word: Word, wins: bool) -> Claim:
+    def _claim(self, setting: str, word: Word, phases: tuple[int, ...]) -> Claim:
         """One object for all the parameters a rule says this of."""
-        key = (setting, word.rule, repr(word.value), wins)
+        key = (setting, word.rule, repr(word.value), phases)
         if key not in self.claims:
-            source = self.rules[word.rule - 1].source
-            self.claims[key] = Claim(setting=setting, value=word.value, rule=word.rule, source=source, wins=wins)
+            self.claims[key] = Claim(
+                setting=setting,
+                value=_plain(word.value),
+                rule=word.rule,
+                source=self.rules[word.rule - 1].source,
+                wins=bool(phases),
+                phases=phases if self.policy.phases else None,
+            )
         return self.claims[key]
 
-    def _frontier(self, tower: str) -> str | None:
+    def _frontiers(self, trains: list[bool]) -> dict[str, str | None]:
+        return {tower.name: self._frontier(tower.name, trains) for tower in self.anatomy.towers}
+
+    def _frontier(self, tower: str, trains: list[bool]) -> str | None:
         """The first part of the tower, in the order of a forward pass, in which something trains."""
-        trainable = [of for of, trains in zip(self.anatomy.parameters, self.trains, strict=True) if trains]
+        trainable = [of for of, does in zip(self.anatomy.parameters, trains, strict=True) if does]
         for part in TOWER_PARTS:
             here = [parameter for parameter in trainable if parameter.place == f"{tower}.{part}"]
             if here and part == "blocks":
@@ -329,9 +399,14 @@ class _Resolution:
                 return f"{tower}.{part}"
         return None
 
-    def _nothing_trains(self) -> Problem:
-        rules = {word.rule for decisions in self.decisions if (word := winner(decisions, "train"))}
+    def _nothing_trains(self, stretch: Stretch) -> Problem:
+        rules = {word.rule for decisions in stretch.decisions if (word := winner(decisions, "train"))}
         path, _, line = self.policy.default_source.rpartition(":")
+        if self.policy.phases:
+            phase = stretch.phase or self.policy.phases[-1]
+            what = "nothing trains in this phase" if stretch.phase else "nothing trains after this phase"
+            fix = "add a [[phase.rule]] with train = true" if stretch.phase else "take out its until, or add a phase"
+            return Problem(what, fix, phase.path, phase.line)
         if rules:
             last = self.rules[max(rules) - 1]
             path, line = last.path, str(last.line)
@@ -339,6 +414,12 @@ class _Resolution:
         else:
             what = f"nothing trains: no rule trains anything, and default is {self.policy.default!r}"
         return Problem(what, "add a rule with train = true after it", path, int(line))
+
+
+def _values(stretch: Stretch, index: int) -> dict[str, Any]:
+    """What counts of all that is said of a parameter in a stretch."""
+    decisions = stretch.decisions[index]
+    return {setting: word.value for setting in decisions if (word := winner(decisions, setting))}
 
 
 def _blocks_above(parameter: Parameter, anatomy: Anatomy) -> int:
@@ -351,46 +432,19 @@ def _blocks_above(parameter: Parameter, anatomy: Anatomy) -> int:
     return count + 1 if parameter.place.endswith(".embed") else 0
 
 
-def _group_name(lr: float, weight_decay: float, schedule: str | None) -> str:
-    return f"lr={_digits(lr)} wd={_digits(weight_decay)}" + (f" {schedule}" if schedule else "")
+def _plain(value: Any) -> Any:
+    """A setting as the plan holds it: an action or a schedule is a table of what the rule says."""
+    if isinstance(value, Action):
+        return value.model_dump(mode="json", exclude_defaults=True)
+    return value.model_dump(exclude_unset=True) if isinstance(value, Schedule) else value
 
 
-def _digits(number: float) -> str:
-    """Short where it is exact, so that no two groups share a name."""
-    return short if float(short := f"{number:g}") == number else repr(number)
-
-
-def _groups(trainable: list[PlannedParameter]) -> Iterator[PlannedGroup]:
-    members: dict[tuple[float, float, str | None], list[PlannedParameter]] = {}
-    for parameter in trainable:
-        assert parameter.lr is not None
-        assert parameter.weight_decay is not None
-        members.setdefault((parameter.lr, parameter.weight_decay, parameter.schedule), []).append(parameter)
-    for (lr, weight_decay, schedule), group in members.items():
-        yield PlannedGroup(
-            name=_group_name(lr, weight_decay, schedule),
-            lr=lr,
-            weight_decay=weight_decay,
-            schedule=schedule,
-            tensors=len(group),
-            parameters=sum(parameter.size for parameter in group),
-        )
-
-
-def _plain(said: dict[str, Any]) -> dict[str, Any]:
-    """Settings as the plan holds them: an action is a table of what the rule says."""
-    return {
-        name: value.model_dump(mode="json", exclude_defaults=True) if isinstance(value, Action) else value
-        for name, value in said.items()
-    }
-
-
-def _estimate(parameters: tuple[PlannedParameter, ...], policy: Policy) -> Estimate:
-    gradients = sum(p.size * _BYTES.get(p.dtype, 4) for p in parameters if p.trainable)
+def _estimate(parameters: tuple[PlannedParameter, ...], stretches: tuple[Stretch, ...], policy: Policy) -> Estimate:
+    """Of the phase that takes the most."""
+    sizes = [planned.size * _BYTES.get(planned.dtype, 4) for planned in parameters]
+    gradients = max(
+        sum(size for size, trains in zip(sizes, stretch.trains, strict=True) if trains) for stretch in stretches
+    )
     name = policy.optimizer.name.lower()
     states = (1 if policy.optimizer.options.get("momentum") else 0) if name == "sgd" else _STATE_TENSORS.get(name)
-    return Estimate(
-        weights=sum(p.size * _BYTES.get(p.dtype, 4) for p in parameters),
-        gradients=gradients,
-        optimizer=None if states is None else states * gradients,
-    )
+    return Estimate(weights=sum(sizes), gradients=gradients, optimizer=None if states is None else states * gradients)

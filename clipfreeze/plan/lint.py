@@ -45,13 +45,16 @@ def _loose_numbers(plan: Plan) -> Iterator[str]:
 def _high_rates(plan: Plan) -> Iterator[str]:
     if plan.optimizer.name.lower() == "sgd" or plan.model.parameters < PUBLISHED_FROM:
         return
-    high = [p for p in plan.trainable if p.role.endswith((".embed", ".blocks")) and (p.lr or 0) > HIGHEST_TOWER_LR]
-    if high:
-        fastest = max(high, key=lambda p: p.lr or 0)
-        source = next((claim.source for claim in fastest.claims if claim.setting == "lr" and claim.wins), None)
-        place = f"{source}: " if source else ""
+    rates: dict[str | None, float] = {}
+    for group in plan.settings:
+        rates[group.name] = max(group.lr, rates.get(group.name, 0.0))
+    towers = [p for p in plan.trainable if p.role.endswith((".embed", ".blocks"))]
+    if high := [p for p in towers if rates[p.group] > HIGHEST_TOWER_LR]:
+        fastest = max(high, key=lambda p: rates[p.group])
+        sources = [claim.source for claim in fastest.claims if claim.setting == "lr" and claim.wins]
+        place = f"{sources[-1]}: " if sources else ""
         yield (
-            f"{place}lr {fastest.lr:g} on {fastest.name} is above what fine-tuned towers take "
+            f"{place}lr {rates[fastest.group]:g} on {fastest.name} is above what fine-tuned towers take "
             f"(1e-6 to {HIGHEST_TOWER_LR:g})"
         )
 

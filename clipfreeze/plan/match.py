@@ -229,7 +229,7 @@ def _positions(cut: Slice, count: int, where: str, lenient: bool) -> range:
 
 def pattern_problems(policy: Policy) -> Iterator[Problem]:
     """Patterns of the rules that are on that no model can have, with their places."""
-    for rule in policy.rules:
+    for rule in policy.all_rules:
         for pattern in (*rule.rule.match, *rule.rule.exclude) if rule.active else ():
             try:
                 read_pattern(pattern)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from tabulate import tabulate
 
 from clipfreeze.anatomy.parts import SLOTS, TAGS, TOWER_PARTS, TOWERS, Anatomy, Parameter
 from clipfreeze.plan.diff import ParameterDifference, PlanDifference, Settings
+from clipfreeze.plan.grouping import schedule_text
 from clipfreeze.plan.sites import Site
-from clipfreeze.plan.value import Plan, PlannedParameter, RuleReport
+from clipfreeze.plan.value import Claim, Plan, PlannedParameter, RuleReport
 from clipfreeze.policy.knobs import as_text
+from clipfreeze.policy.schema import Schedule
 
 Placed = TypeVar("Placed", PlannedParameter, ParameterDifference, Parameter)
 
 
 def plan_table(plan: Plan) -> str:
-    """The whole plan: parts, rules, groups, frontier, memory, warnings."""
+    """The whole plan: parts, rules, groups, phases, frontier, memory, warnings."""
     totals = plan.totals
     share = 100 * totals.trainable / totals.parameters
     lines = [
@@ -37,14 +39,15 @@ def plan_table(plan: Plan) -> str:
         "",
         grid(
             (
-                (g.name, f"{g.lr:g}", f"{g.weight_decay:g}", g.schedule or "", g.tensors, f"{g.parameters:,}")
+                (g.name, f"{g.lr:g}", f"{g.weight_decay:g}", _schedule(g.schedule), g.tensors, f"{g.parameters:,}")
                 for g in plan.groups
             ),
             ("param group", "lr", "weight decay", "schedule", "tensors", "parameters"),
         ),
         "",
-        f"optimizer  {plan.optimizer.name}{_options(plan.optimizer.options)}; "
-        f"schedule {plan.schedule.name}, warmup {_warmup(plan.schedule.warmup)}{_options(plan.schedule.options)}",
+        *_phases(plan),
+        f"optimizer  {plan.optimizer.name}{_options(plan.optimizer.options)}{_warm_start(plan)}; "
+        f"schedule {plan.schedule.name}, warmup {_stretch(plan.schedule.warmup)}{_options(plan.schedule.options)}",
         "backward   " + "; ".join(_frontier(tower, part) for tower, part in plan.frontier.items()),
         f"memory     weights {_megabytes(plan.estimate.weights)}, gradients {_megabytes(plan.estimate.gradients)}, "
         f"optimizer {_megabytes(plan.estimate.optimizer)}",
@@ -63,7 +66,7 @@ def difference_table(found: PlanDifference, names: tuple[str, str]) -> str:
     rows: list[tuple[str, int | str, str]] = [
         (part, len(members), _changes_of(members)) for part, members in _folded(found.parameters, _changes_of)
     ]
-    sections = (("optimizer", found.optimizer), ("schedule", found.schedule))
+    sections = (("optimizer", found.optimizer), ("schedule", found.schedule), ("phases", found.phases))
     rows += [(section, "", _changes([settings])) for section, settings in sections if settings]
     return grid(rows, ("part", "tensors", f"{names[0]} -> {names[1]}")) if rows else "no difference"
 
@@ -112,15 +115,20 @@ def _explained(parameter: PlannedParameter) -> str:
     if parameter.block is not None:
         head += f"[{parameter.block}]"
     state = f"trains, lr {parameter.lr:g}, weight decay {parameter.weight_decay:g}" if parameter.trainable else "frozen"
+    if ": " in (parameter.group or ""):  # not the same in all phases
+        state = f"trains, in phase {parameter.group}"
     if parameter.fixed:
         state += ", as the model itself has it"
-    rows = [
-        (claim.setting, _word(claim.value), claim.source, "wins" if claim.wins else "outvoted")
-        for claim in parameter.claims
-    ]
+    rows = [(claim.setting, _word(claim.value), claim.source, _outcome(claim)) for claim in parameter.claims]
     return f"{head}: {state}\n" + (
         grid(rows, ("setting", "value", "said at", "")) if rows else "  no rule speaks of it"
     )
+
+
+def _outcome(claim: Claim) -> str:
+    if claim.phases is None or not claim.wins:
+        return "wins" if claim.wins else "outvoted"
+    return f"wins in phase {', '.join(map(str, claim.phases))}"
 
 
 def _part_rows(parameters: Iterable[PlannedParameter]) -> Iterator[tuple[Any, ...]]:
@@ -156,6 +164,30 @@ def _added(plan: Plan) -> Iterator[str]:
             rows.append((f"+ {kind} {label}", at, shapes, names, f"{size:,}", *state))
     yield grid(rows, ("added", "at", "shapes", "tensors", "parameters", "lr", "weight decay"))
     yield ""
+
+
+def _phases(plan: Plan) -> Iterator[str]:
+    """Of each phase its stretch of the run, and what trains."""
+    if not plan.phases:
+        return
+    rows = []
+    begin = "start"
+    for number, phase in enumerate(plan.phases):
+        end = "end" if phase.until is None else _stretch(phase.until)
+        warmup = _stretch(phase.warmup) if phase.warmup else ""
+        lrs = _join(f"{group.lr:g}" for group in phase.groups)
+        trains = _training_parts(plan.parameters, plan.trains_in(number))
+        rows.append((phase.name, begin, end, trains, phase.tensors, f"{phase.parameters:,}", lrs, warmup))
+        begin = end
+    yield grid(rows, ("phase", "from", "until", "trains", "tensors", "parameters", "lr", "warmup"))
+    yield ""
+
+
+def _training_parts(parameters: Sequence[PlannedParameter], trains: Collection[str]) -> str:
+    if len(trains) == len(parameters):
+        return "everything"
+    found = _folded(parameters, lambda members: any(p.name in trains for p in members))
+    return ", ".join(part for part, members in found if any(p.name in trains for p in members))
 
 
 def _span(blocks: Sequence[int]) -> str:
@@ -212,7 +244,7 @@ def _state(part: list[PlannedParameter]) -> tuple[str, str, str, str]:
 
 def _also(parameter: PlannedParameter) -> str:
     told = {
-        "schedule": parameter.schedule,
+        "schedule": _schedule(parameter.schedule) or None,
         "init": parameter.init,
         "clamp": parameter.clamp,
         "l2sp": parameter.l2sp,
@@ -227,9 +259,10 @@ def _join(words: Iterable[str]) -> str:
 
 def _rule_row(report: RuleReport) -> tuple[Any, ...]:
     says = ", ".join(name if value is True else f"{name} {_word(value)}" for name, value in report.says.items())
+    source = report.source if report.phase is None else f"{report.source} (phase {report.phase})"
     if not report.active:
-        return report.source, _short(report.match), "off", "", ""
-    return report.source, _short(report.match), says, report.matched, report.decided
+        return source, _short(report.match), "off", "", ""
+    return source, _short(report.match), says, report.matched, report.decided
 
 
 def _short(words: Sequence[str]) -> str:
@@ -242,6 +275,8 @@ def _word(value: Any) -> str:
         return "none"
     if isinstance(value, (tuple, list)):
         return f"[{_short(list(map(_word, value)))}]"
+    if isinstance(value, Schedule):
+        return schedule_text(value)
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name} {_word(of)}" for name, of in value.items()) + "}"
     return f"{value:g}" if isinstance(value, float) else as_text(value)
@@ -255,8 +290,17 @@ def _options(options: dict[str, Any]) -> str:
     return "".join(f", {name} {_word(value)}" for name, value in options.items())
 
 
-def _warmup(warmup: int | str) -> str:
-    return f"{warmup} steps" if isinstance(warmup, int) else warmup
+def _stretch(span: int | str) -> str:
+    return f"{span} steps" if isinstance(span, int) else span
+
+
+def _warm_start(plan: Plan) -> str:
+    span = plan.optimizer.warm_start
+    return f", at lr 0 for the first {_stretch(span)}" if plan.optimizer.warm_start_span.amount else ""
+
+
+def _schedule(schedule: str | Schedule | None) -> str:
+    return "" if schedule is None else schedule_text(schedule)
 
 
 def _frontier(tower: str, part: str | None) -> str:

@@ -26,10 +26,16 @@ class Claim(_Value):
     rule: int = Field(description="number of the rule in the policy, from 1; 0 for the policy's own default")
     source: str = Field(description="file:line")
     wins: bool
+    phases: tuple[int, ...] | None = Field(
+        None, description="numbers of the phases, from 1, in which it wins; null without phases"
+    )
 
 
 class PlannedParameter(_Value):
-    """What becomes of one parameter. `lr`, `weight_decay` and `group` are null where it does not train."""
+    """What becomes of one parameter. `lr`, `weight_decay` and `group` are null where it does not train.
+
+    With phases it is trainable if it trains in one, and `lr`, `weight_decay` and `schedule` are of the first such.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -41,7 +47,7 @@ class PlannedParameter(_Value):
     fixed: bool = Field(False, description="the model itself never trains it")
     lr: float | None = None
     weight_decay: float | None = None
-    schedule: str | None = Field(None, description="null: the policy's")
+    schedule: str | Schedule | None = Field(None, description="null: the policy's")
     init: float | str | None = None
     clamp: tuple[float, float] | None = None
     l2sp: float | None = None
@@ -55,15 +61,32 @@ class PlannedParameter(_Value):
         return math.prod(self.shape)
 
 
-class PlannedGroup(_Value):
-    """One param group of the optimizer."""
+class PhaseGroup(_Value):
+    """One param group as it trains in a phase."""
 
     name: str
     lr: float
     weight_decay: float
-    schedule: str | None = Field(None, description="null: the policy's")
+    schedule: str | Schedule | None = Field(None, description="null: the policy's")
+
+
+class PlannedGroup(PhaseGroup):
+    """One param group of the optimizer: parameters that are treated alike in every phase. Settings as of its first."""
+
     tensors: int
     parameters: int
+
+
+class PlannedPhase(_Value):
+    """A stretch of the run. Groups that are not among its own are frozen in it."""
+
+    name: str
+    until: int | str | None = Field(None, description="its end: steps, epochs or a share; null: to the end of the run")
+    warmup: int | str = Field(0, description="of the groups that did not train in the phase before")
+    tensors: int = Field(description="that train")
+    parameters: int
+    groups: tuple[PhaseGroup, ...]
+    frontier: dict[str, str | None]
 
 
 class RuleReport(_Value):
@@ -71,6 +94,7 @@ class RuleReport(_Value):
 
     rule: int
     source: str
+    phase: int | None = Field(None, description="number of the phase it stands in, from 1")
     match: tuple[str, ...]
     says: dict[str, Value]
     active: bool = Field(description="false: switched off by its `when`")
@@ -123,13 +147,24 @@ class Plan(_Value):
         description="of each tower, the name of the first part that trains: backward stops there"
     )
     estimate: Estimate
-    phases: tuple[Any, ...] = ()
+    phases: tuple[PlannedPhase, ...] = Field((), description="in order; what stands above is of all of them together")
     warnings: tuple[str, ...] = ()
 
     @property
     def trainable(self) -> tuple[PlannedParameter, ...]:
         """The parameters that train, in the model's order."""
         return tuple(parameter for parameter in self.parameters if parameter.trainable)
+
+    @property
+    def settings(self) -> tuple[PhaseGroup, ...]:
+        """All that any group is set to: overall, then phase by phase."""
+        return (*self.groups, *(group for phase in self.phases for group in phase.groups))
+
+    def trains_in(self, phase: int | None) -> frozenset[str]:
+        """Names of the parameters that train in a phase, by its index from 0; None: of all phases together."""
+        groups: tuple[PhaseGroup, ...] = self.groups if phase is None else self.phases[phase].groups
+        names = {group.name for group in groups}
+        return frozenset(parameter.name for parameter in self.trainable if parameter.group in names)
 
     def __str__(self) -> str:
         from clipfreeze.plan.tables import plan_table  # the plan is a value; showing it is another matter

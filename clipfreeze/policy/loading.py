@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,8 @@ from clipfreeze.policy.actions import ACTIONS
 from clipfreeze.policy.classes import CLASS_WORDS, read_classes
 from clipfreeze.policy.knobs import KnobError, KnobValue, as_text, is_on, knob_values, references, substitute
 from clipfreeze.policy.lines import Where, key_lines, line_of
-from clipfreeze.policy.schema import SETTINGS, Knob, Optimizer, PolicyFile, Rule, Schedule
+from clipfreeze.policy.schema import SETTINGS, Knob, Optimizer, Phase, PhaseRule, PolicyFile, Rule, Schedule
+from clipfreeze.policy.span import parse_span
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,21 @@ class PlacedRule:
 
 
 @dataclass(frozen=True, slots=True)
+class PlacedPhase:
+    """A phase that is on, its rules, and where it stands."""
+
+    phase: Phase
+    path: str
+    line: int
+    rules: tuple[PlacedRule, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
-    """A policy ready to resolve: its parents' rules first, then its own; all knobs have values."""
+    """A policy ready to resolve: its parents' rules first, then its own; all knobs have values.
+
+    `phases` are those of the last file that has some.
+    """
 
     name: str
     summary: str
@@ -54,6 +68,12 @@ class Policy:
     schedule: Schedule
     schedule_source: str
     sources: tuple[str, ...]
+    phases: tuple[PlacedPhase, ...] = ()
+
+    @property
+    def all_rules(self) -> tuple[PlacedRule, ...]:
+        """The policy's own rules, then those of each phase: a rule's number counts through them."""
+        return self.rules + tuple(rule for phase in self.phases for rule in phase.rules)
 
 
 def load_policy(source: str | Path, /, **knobs: KnobValue) -> Policy:
@@ -78,6 +98,10 @@ def _policies_folder() -> Path:
     package = Path(__file__).parents[1]
     packaged = package / "policies"
     return packaged if packaged.is_dir() else package.parent / "policies"  # in a checkout they lie beside the package
+
+
+_Active = dict[tuple[Path, Where], bool]
+"""Of the rules and phases of each file, whether they are on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +224,7 @@ def _read(documents: list[_Document], given: Mapping[str, Any]) -> Policy:
     declared = {name for document in documents for name in _params(document)}
 
     files: list[tuple[_Document, PolicyFile]] = []
-    active: dict[tuple[Path, int], bool] = {}
+    active: _Active = {}
     for document in documents:
         data, faults = _with_knobs(document, knobs, values, declared - values.keys(), active)
         problems.extend(problem for problem in faults.values() if problem)
@@ -211,27 +235,16 @@ def _read(documents: list[_Document], given: Mapping[str, Any]) -> Policy:
     problems.extend(_unread_knobs(documents, knobs))
     files = [(document, _with_classes(document, file, active, problems)) for document, file in files]
     problems.extend(
-        document.problem(
-            ("rule", number), "this rule says nothing of what it matches", "write freeze, train or lr in it"
-        )
+        document.problem(where, "this rule says nothing of what it matches", "write freeze, train or lr in it")
         for document, file in files
-        for number, rule in enumerate(file.rule)
-        if active[document.path, number] and not rule.said()
+        for where, rule in _rules_of(file)
+        if active[document.path, where] and not rule.said()
     )
+    phases = next((_phases(*of, active, problems) for of in reversed(files) if of[1].phase), ())
     if problems:
         raise PolicyError(problems)
 
-    rules = tuple(
-        PlacedRule(
-            rule,
-            document.path,
-            document.shown,
-            line_of(document.lines, ("rule", number)),
-            active[document.path, number],
-        )
-        for document, file in files
-        for number, rule in enumerate(file.rule)
-    )
+    rules = tuple(rule for document, file in files for rule in _placed(document, ("rule",), file.rule, active))
     optimizer, schedule = _merged_optimizer(files), _merged_section(files, "schedule")
     own = files[-1][1]
     return Policy(
@@ -247,6 +260,48 @@ def _read(documents: list[_Document], given: Mapping[str, Any]) -> Policy:
         schedule=Schedule.model_validate(schedule),
         schedule_source=_source_of(files, "schedule"),
         sources=tuple(document.shown for document in documents),
+        phases=phases,
+    )
+
+
+def _rules_of(file: PolicyFile) -> Iterator[tuple[Where, Rule]]:
+    yield from ((("rule", number), rule) for number, rule in enumerate(file.rule))
+    for place, phase in enumerate(file.phase):
+        yield from ((("phase", place, "rule", number), rule) for number, rule in enumerate(phase.rule))
+
+
+def _placed(document: _Document, at: Where, rules: Sequence[Rule], active: _Active) -> tuple[PlacedRule, ...]:
+    places = [((*at, number), rule) for number, rule in enumerate(rules)]
+    return tuple(
+        PlacedRule(rule, document.path, document.shown, line_of(document.lines, where), active[document.path, where])
+        for where, rule in places
+    )
+
+
+def _phases(document: _Document, file: PolicyFile, active: _Active, problems: list[Problem]) -> tuple[PlacedPhase, ...]:
+    """The phases that are on. Ends told in one unit must come one after the other; the others wait for the run."""
+    on = [place for place in range(len(file.phase)) if active[document.path, ("phase", place)]]
+    latest: dict[str, float] = {}
+    for place in on:
+        until, where = file.phase[place].until, ("phase", place, "until")
+        if until is None:
+            if place != on[-1]:
+                what = "a phase that lasts to the end, and others after it"
+                problems.append(document.problem(where[:2], what, 'write its end: until = "20%"'))
+            continue
+        span = parse_span(until)
+        if span.amount <= latest.get(span.unit, 0.0):
+            what = f"until = {_toml(until)} is no later than the end of a phase before it"
+            problems.append(document.problem(where, what, "phases stand in the order of the run"))
+        latest[span.unit] = span.amount
+    return tuple(
+        PlacedPhase(
+            file.phase[place],
+            document.shown,
+            line_of(document.lines, ("phase", place)),
+            _placed(document, ("phase", place, "rule"), file.phase[place].rule, active),
+        )
+        for place in on
     )
 
 
@@ -273,7 +328,7 @@ def _merged_optimizer(files: list[tuple[_Document, PolicyFile]]) -> dict[str, An
             continue
         own = file.optimizer.model_dump(exclude_unset=True)
         if own.get("name", merged.get("name")) != merged.get("name"):
-            merged = {key: merged[key] for key in ("lr", "weight_decay") if key in merged}
+            merged = {key: merged[key] for key in ("lr", "weight_decay", "warm_start") if key in merged}
         merged |= own
     return merged
 
@@ -311,7 +366,7 @@ def _with_knobs(
     knobs: Mapping[str, Knob],
     values: Mapping[str, KnobValue],
     unknown: AbstractSet[str],
-    active: dict[tuple[Path, int], bool],
+    active: _Active,
 ) -> tuple[dict[str, Any], dict[Where, Problem | None]]:
     """The document with knobs put in and without its `params`, and faults by key; notes which rules are on.
 
@@ -330,32 +385,54 @@ def _with_knobs(
             faults[where] = document.problem(where, str(error), error.fix)
             return value
 
-    rules = data.get("rule")
-    if isinstance(rules, dict):
-        faults["rule",] = document.problem(("rule",), "[rule] is one table, rules are a list", "write [[rule]]")
-        del data["rule"]
-    elif isinstance(rules, list):
-        data["rule"] = []
-        for number, rule in enumerate(rules):
-            if not isinstance(rule, dict):
-                faults["rule",] = document.problem(("rule",), "a rule is a table", "write [[rule]]")
-                continue
-            condition = rule.get("when")
-            active[document.path, number] = True
-            if isinstance(condition, str) and not references(condition) & unknown:
-                try:
-                    active[document.path, number] = is_on(condition, knobs, values)
-                except KnobError as error:
-                    where = ("rule", number, "when")
-                    faults[where] = document.problem(where, str(error), error.fix)
-            on = active[document.path, number]
-            data["rule"].append(
-                {
-                    key: value if key == "when" else put_in(("rule", number, key), value)
-                    for key, value in rule.items()
-                    if on or key not in SETTINGS or not references(value)  # off: its knobs need make no sense
-                }
-            )
+    def switched(where: Where, table: dict[str, Any]) -> bool:
+        condition = table.get("when")
+        on = True
+        if isinstance(condition, str) and not references(condition) & unknown:
+            try:
+                on = is_on(condition, knobs, values)
+            except KnobError as error:
+                at = (*where, "when")
+                faults[at] = document.problem(at, str(error), error.fix)
+        active[document.path, where] = on
+        return on
+
+    def rule_with(where: Where, rule: dict[str, Any], above: bool) -> dict[str, Any]:
+        on = active[document.path, where] = switched(where, rule) and above
+        return {
+            key: value if key == "when" else put_in((*where, key), value)
+            for key, value in rule.items()
+            if on or key not in SETTINGS or not references(value)  # off: its knobs need make no sense
+        }
+
+    def phase_with(where: Where, phase: dict[str, Any]) -> dict[str, Any]:
+        on = switched(where, phase)
+        made = {
+            key: value if key in ("when", "rule") else put_in((*where, key), value)
+            for key, value in phase.items()
+            if on or key in ("when", "rule") or not references(value)
+        }
+        return made | tables(made, (*where, "rule"), lambda at, rule: rule_with(at, rule, on))
+
+    def tables(
+        within: dict[str, Any], where: Where, change: Callable[[Where, dict[str, Any]], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """The list of tables at the end of `where`, each changed; empty where it is none, which is a fault."""
+        key, path = str(where[-1]), ".".join(part for part in where if isinstance(part, str))
+        found = within.get(key, [])
+        if isinstance(found, dict):
+            what = f"[{path}] is one table, {key}s are a list"
+            faults[where] = document.problem(where, what, f"write [[{path}]]")
+            return {key: []}
+        if not isinstance(found, list):
+            return {}
+        if not all(isinstance(table, dict) for table in found):
+            faults[where] = document.problem(where, f"a {key} is a table", f"write [[{path}]]")
+            return {key: []}
+        return {key: [change((*where, number), table) for number, table in enumerate(found)]} if found else {}
+
+    data |= tables(data, ("rule",), lambda where, rule: rule_with(where, rule, True))
+    data |= tables(data, ("phase",), phase_with)
     for section in ("optimizer", "schedule"):
         if isinstance(data.get(section), dict):
             data[section] = {key: put_in((section, key), value) for key, value in data[section].items()}
@@ -364,9 +441,7 @@ def _with_knobs(
     return data, faults
 
 
-def _with_classes(
-    document: _Document, file: PolicyFile, active: Mapping[tuple[Path, int], bool], problems: list[Problem]
-) -> PolicyFile:
+def _with_classes(document: _Document, file: PolicyFile, active: _Active, problems: list[Problem]) -> PolicyFile:
     """The file with the classes that its rules read from other files put in.
 
     A path in the policy counts from the policy's folder, one that a knob brings from the user's.
@@ -376,7 +451,7 @@ def _with_classes(
         for name in ("prompt", "head"):
             action = getattr(rule, name)
             said = action and action.classes
-            if not isinstance(said, str) or said in CLASS_WORDS or not active[document.path, number]:
+            if not isinstance(said, str) or said in CLASS_WORDS or not active[document.path, ("rule", number)]:
                 continue
             raw = document.data["rule"][number][name]
             folder = Path() if references(raw["classes"]) else document.path.parent
@@ -392,7 +467,11 @@ def _with_classes(
 
 def _unread_knobs(documents: list[_Document], knobs: Mapping[str, Knob]) -> Iterator[Problem]:
     read = references(
-        [document.data.get(key) for document in documents for key in ("rule", "optimizer", "schedule", "default")]
+        [
+            document.data.get(key)
+            for document in documents
+            for key in ("rule", "phase", "optimizer", "schedule", "default")
+        ]
     )
     read |= references([knob.default for knob in knobs.values()])
     for document in documents:
@@ -472,9 +551,20 @@ def _existing(data: Any, where: Where) -> Where:
 
 
 def _keys_at(where: Where, model: type[BaseModel]) -> list[str]:
-    if where[0] == "rule" and len(where) > 1:
-        model = ACTIONS[str(where[2])] if len(where) > 3 else Rule
-    return list(model.model_fields)
+    return list(_model_at(where, model).model_fields)
+
+
+def _model_at(where: Where, model: type[BaseModel]) -> type[BaseModel]:
+    match where:
+        case ("rule", _, action, *_, _):
+            return ACTIONS[str(action)]
+        case ("rule", _, _):
+            return Rule
+        case ("phase", _, "rule", _, *_, _):
+            return PhaseRule
+        case ("phase", _, _):
+            return Phase
+    return model
 
 
 def _unknown_key(document: _Document, where: Where, known: list[str]) -> Problem:
@@ -486,6 +576,8 @@ def _unknown_key(document: _Document, where: Where, known: list[str]) -> Problem
         "scheduler": "schedule",
     }
     key = str(where[-1])
+    if where[0] == "phase" and len(where) == 3 and key in Rule.model_fields:
+        return document.problem(where, f"unknown key {key!r}", "it goes into a [[phase.rule]]")
     if len(where) > 1 and key in PolicyFile.model_fields and key not in known:
         return document.problem(where, f"unknown key {key!r}", "it goes above the first table")
     fix = f"did you mean {synonyms[key]}?" if synonyms.get(key) in known else did_you_mean(key, known)

@@ -28,7 +28,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 _NORMAL = re.compile(r"normal\((\d+(\.\d+)?(e-?\d+)?)\)")
 
 
-def _checked_warmup(value: Any) -> Any:
+def _checked_span(value: Any) -> Any:
     parse_span(value)
     return value
 
@@ -43,7 +43,8 @@ Range = Annotated[
         {"type": "array", "items": {"anyOf": [{"type": "number"}, _KNOB]}, "minItems": 2, "maxItems": 2},
     ),
 ]
-Warmup = Annotated[int | str, BeforeValidator(_checked_warmup)]
+Stretch = Annotated[int | str, BeforeValidator(_checked_span)]
+"""A part of a run: 500, "500 steps", "2 epochs" or "5%"."""
 
 
 class Knob(Spec):
@@ -60,6 +61,25 @@ class Knob(Spec):
     help: str | None = Field(None, description="one line for the user")
 
 
+class Schedule(BaseModel):
+    """cosine, linear, constant, or any of torch.optim.lr_scheduler; keys beside these are its own options."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
+
+    name: str = Field("constant", description="cosine and linear fall to 0 at the end of the run")
+    warmup: Stretch = Field(0, description='linear from 0: a number of steps, "2 epochs" or "5%" of the run')
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The scheduler's own options."""
+        return dict(self.model_extra or {})
+
+    @property
+    def warmup_span(self) -> Span:
+        """`warmup`, parsed."""
+        return parse_span(self.warmup)
+
+
 class Settings(Spec):
     """What a rule can say of the parameters it matches."""
 
@@ -73,8 +93,8 @@ class Settings(Spec):
         None, description="times the learning rate: once for the last block of a tower, once more for each one below"
     )
     weight_decay: NotNegative | None = Field(None, description="decoupled or L2, as the optimizer has it")
-    schedule: Literal["cosine", "linear", "constant"] | None = Field(
-        None, description="in place of the policy's schedule"
+    schedule: str | Schedule | None = Field(
+        None, description="in place of the policy's: a name, or a table of name, options and warmup"
     )
     init: Finite | str | None = Field(None, description='start value: "zeros", "xavier", "normal(0.02)" or a number')
     clamp: Range | None = Field(None, description="[low, high], kept after every optimizer step")
@@ -92,6 +112,13 @@ class Settings(Spec):
     def _known_init(cls, value: float | str | None) -> float | str | None:
         if isinstance(value, str) and value not in ("zeros", "xavier") and not _NORMAL.fullmatch(value):
             raise ValueError('write "zeros", "xavier", "normal(0.02)" or a number')
+        return value
+
+    @field_validator("schedule")
+    @classmethod
+    def _named_schedule(cls, value: str | Schedule | None) -> str | Schedule | None:
+        if isinstance(value, Schedule) and "name" not in value.model_fields_set:
+            raise ValueError('write its name too: { name = "StepLR", step_size = 100 }')
         return value
 
     @field_validator("clamp")
@@ -119,6 +146,9 @@ SETTINGS = tuple(Settings.model_fields)
 TRAINING_SETTINGS = tuple(name for name in SETTINGS if name not in ("freeze", "train", "init", *ACTIONS))
 """Settings that mean something only where the parameter trains."""
 
+WHOLE_RUN = ("init", "clamp", "l2sp", "dropout")
+"""Settings that no phase changes."""
+
 
 class Rule(Settings):
     """Patterns, and what is said of the parameters they match."""
@@ -138,6 +168,38 @@ class Rule(Settings):
         return value
 
 
+class PhaseRule(Rule):
+    """A rule of a phase: what trains in it, and how fast. What holds for the whole run stands outside of phases."""
+
+    @field_validator(*ACTIONS, *WHOLE_RUN)
+    @classmethod
+    def _of_the_run(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError("it holds for the whole run: write it in a [[rule]] above the phases")
+        return value
+
+
+class Phase(Spec):
+    """A stretch of the run, with rules behind the policy's own: the cascade goes on."""
+
+    name: str | None = Field(None, description="its number if not said")
+    until: Stretch | None = Field(
+        None, description='its end: "20%" of the run, "2 epochs", "500 steps"; the last may leave it out'
+    )
+    warmup: Stretch = Field(
+        0, description="linear from 0 for what did not train in the phase before; a share is of the run"
+    )
+    when: str | None = Field(None, description="switches the phase, as a rule's does")
+    rule: Annotated[tuple[PhaseRule, ...], BeforeValidator(listed)] = Field((), description="in order; later ones win")
+
+    @field_validator("until")
+    @classmethod
+    def _some_length(cls, value: int | str | None) -> int | str | None:
+        if value is not None and not parse_span(value).amount:
+            raise ValueError("a phase of no length")
+        return value
+
+
 class Optimizer(BaseModel):
     """Any torch or timm optimizer by name; keys beside these are its own options (betas, eps, momentum, ...)."""
 
@@ -146,30 +208,19 @@ class Optimizer(BaseModel):
     name: str = Field("adamw", description="as torch.optim or timm.optim calls it; case does not matter")
     lr: Positive | None = Field(None, description="for what trains and has no rule with an lr")
     weight_decay: NotNegative = Field(0.0, description="for what has no rule with a weight_decay")
+    warm_start: Stretch = Field(
+        0, description="the run begins with so many steps at lr 0, which fill the moments alone (arXiv 2601.09859)"
+    )
 
     @property
     def options(self) -> dict[str, Any]:
         """The optimizer's own options."""
         return dict(self.model_extra or {})
 
-
-class Schedule(BaseModel):
-    """cosine, linear, constant, or any of torch.optim.lr_scheduler; keys beside these are its own options."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
-
-    name: str = Field("constant", description="cosine and linear fall to 0 at the end of the run")
-    warmup: Warmup = Field(0, description='linear from 0: a number of steps, "2 epochs" or "5%" of the run')
-
     @property
-    def options(self) -> dict[str, Any]:
-        """The scheduler's own options."""
-        return dict(self.model_extra or {})
-
-    @property
-    def warmup_span(self) -> Span:
-        """`warmup`, parsed."""
-        return parse_span(self.warmup)
+    def warm_start_span(self) -> Span:
+        """`warm_start`, parsed."""
+        return parse_span(self.warm_start)
 
 
 class PolicyFile(Spec):
@@ -183,15 +234,21 @@ class PolicyFile(Spec):
     rule: Annotated[tuple[Rule, ...], BeforeValidator(listed)] = Field((), description="in order; later ones win")
     optimizer: Optimizer | None = None
     schedule: Schedule | None = None
+    phase: Annotated[tuple[Phase, ...], BeforeValidator(listed)] = Field(
+        (), description="stretches of the run, in order; a file's own take the place of those it inherits"
+    )
 
 
 def policy_schema() -> dict[str, Any]:
     """The JSON schema of a policy file for editors: any setting may be a knob in braces."""
     schema = PolicyFile.model_json_schema()
-    for model in ("Rule", "Optimizer", "Schedule", *(action.__name__ for action in ACTIONS.values())):
+    for name in (*ACTIONS, *WHOLE_RUN):
+        del schema["$defs"]["PhaseRule"]["properties"][name]
+    models = ("Rule", "PhaseRule", "Phase", "Optimizer", "Schedule", *(action.__name__ for action in ACTIONS.values()))
+    for model in models:
         properties = schema["$defs"][model]["properties"]
         for name, setting in properties.items():
-            if name not in ("match", "exclude", "when", "optional"):
+            if name not in ("match", "exclude", "when", "optional", "rule"):
                 said = {key: setting.pop(key) for key in ("description", "default", "title") if key in setting}
                 properties[name] = {**said, "anyOf": [*setting.get("anyOf", [setting]), _KNOB]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

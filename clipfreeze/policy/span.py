@@ -24,7 +24,7 @@ class Span:
         if self.unit == "share":
             return round(self.amount * total_steps)
         if steps_per_epoch is None:
-            raise ValueError(f"a warmup of {self.amount:g} epochs needs steps_per_epoch")
+            raise ValueError(f"a stretch of {self.amount:g} epochs needs steps_per_epoch")
         return round(self.amount * steps_per_epoch)
 
 

@@ -30,9 +30,26 @@ def test_values_are_tried_out(tmp_path):
     assert ["Invalid momentum" in found[0], "MultiStepLR does not take" in found[1]] == [True, True]
 
 
-def test_warmup_in_epochs_is_fine_and_own_schedules_need_one_of_ours(tmp_path):
+def test_warmup_in_epochs_is_fine_and_a_rule_may_have_any_schedule(tmp_path):
     assert problems(tmp_path, '[schedule]\nname = "StepLR"\nstep_size = 9\nwarmup = "1 epochs"\n') == []
     rule = '[[rule]]\nmatch = "*"\ntrain = true\nschedule = "linear"\n[schedule]\nname = "'
     assert problems(tmp_path, rule + 'cosine"\n') == []
-    (problem,) = problems(tmp_path, rule + 'StepLR"\nstep_size = 9\n')
-    assert "some rules have a schedule of their own" in problem
+    assert problems(tmp_path, rule + 'StepLR"\nstep_size = 9\n') == []
+
+
+def test_the_schedule_of_a_rule_is_checked_at_its_place(tmp_path):
+    rule = '[[rule]]\nmatch = "*"\ntrain = true\nschedule = '
+    (problem,) = problems(tmp_path, "\n" + rule + '"cosin"\n')
+    assert problem.startswith("mine.toml:2: no schedule 'cosin'\n  fix: did you mean cosine")
+    (problem,) = problems(tmp_path, "[[phase]]\n" + rule.replace("rule", "phase.rule") + '{ name = "StepLR" }\n')
+    assert problem.startswith("mine.toml:2: StepLR needs step_size")
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "lamb", "adan", "muon"])
+def test_a_warm_start_goes_with_most(tmp_path, name):
+    assert problems(tmp_path, f'[optimizer]\nname = "{name}"\nwarm_start = 3\n') == []
+
+
+def test_a_warm_start_is_refused_where_lr_0_moves_weights(tmp_path):
+    (problem,) = problems(tmp_path, '[optimizer]\nname = "rprop"\nwarm_start = 3\n')
+    assert "rprop moves weights at lr 0" in problem

@@ -157,9 +157,24 @@ def test_a_wrong_schedule_is_refused_with_the_fix(schedule, complaint):
         build_scheduler(schedule, optimizer(), 10)
 
 
-def test_a_schedule_of_torch_leaves_no_room_for_others():
-    with pytest.raises(PlanError, match="some rules have a schedule of their own"):
-        build_scheduler(Schedule(name="StepLR", step_size=1), optimizer(), 10, by_group={"group 0": "linear"})
+def test_a_schedule_of_torch_goes_with_others():
+    made = optimizer(1.0, 10.0)
+    step = Schedule(name="StepLR", step_size=2)
+    scheduler = build_scheduler(step, made, 4, by_group={"group 1": "linear"})
+    one, other = zip(*factors(made, scheduler, 5), strict=True)
+    assert one == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    assert other == pytest.approx([10, 7.5, 5, 2.5, 0])
+
+
+def test_onecycle_moves_the_momentum_too():
+    by_hand, made = optimizer(momentum=0.9), optimizer(momentum=0.9)
+    theirs = lr_scheduler.OneCycleLR(by_hand, 1.0, 10)
+    ours = build_scheduler(Schedule(name="OneCycleLR"), made, 10)
+    for _ in range(9):
+        assert made.param_groups[0]["momentum"] == by_hand.param_groups[0]["momentum"]
+        for each, schedule in ((by_hand, theirs), (made, ours)):
+            each.step()
+            schedule.step()
 
 
 def test_a_run_without_steps_is_refused():

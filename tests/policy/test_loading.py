@@ -45,7 +45,21 @@ WRONG = {  # text: [(line, words that the message holds)]
     RULE + 'head = { classes = "none.txt" }\n': [(4, ["cannot read", "one name a line"])],
     RULE + 'head = { classes = ["a", "b"], templates = "a photo" }\n': [(4, ["'a photo' needs {}"])],
     RULE + "[optimiser]\nname = 'x'\n": [(4, ["unknown key 'optimiser'", "optimizer"])],
-    RULE + "[[phase]]\nuntil = '20%'\n": [(4, ["unknown key 'phase'"])],
+    RULE + "[phase]\nuntil = '20%'\n": [(4, ["[phase] is one table", "[[phase]]"])],
+    RULE + "[[phase]]\nfreeze = true\n": [(5, ["unknown key 'freeze'", "[[phase.rule]]"])],
+    RULE + "[[phase]]\nuntill = '20%'\n": [(5, ["unknown key 'untill'", "until"])],
+    RULE + "[[phase]]\nuntil = 'later'\n": [(5, ["until", "2 epochs"])],
+    RULE + "[[phase]]\nuntil = 0\n": [(5, ["until", "no length"])],
+    RULE + "[[phase]]\nuntil = '20%'\n[[phase]]\nuntil = '10%'\n": [(7, ["10%", "no later"])],
+    RULE + "[[phase]]\n[[phase]]\nuntil = '10%'\n": [(4, ["lasts to the end", "others after it"])],
+    RULE + "[[phase]]\n[phase.rule]\nmatch = '*'\n": [(5, ["[phase.rule] is one table", "[[phase.rule]]"])],
+    RULE + "[[phase]]\n[[phase.rule]]\nmatch = '*'\nfreze = true\n": [(7, ["unknown key 'freze'", "freeze"])],
+    RULE + "[[phase]]\n[[phase.rule]]\nmatch = '*'\nlora = { rank = 2 }\n": [(7, ["lora", "whole run"])],
+    RULE + "[[phase]]\n[[phase.rule]]\nmatch = '*'\ninit = 0.0\n": [(7, ["init", "whole run"])],
+    RULE + "[[phase]]\n[[phase.rule]]\nmatch = '*'\nlr = '{rate}'\n": [(7, ["{rate} is no knob"])],
+    RULE + "[[phase]]\n[[phase.rule]]\nmatch = '*'\n": [(5, ["says nothing"])],
+    RULE + "[[phase]]\nwhen = '{n}'\n": [(5, ["{n} is no knob"])],
+    RULE + "[optimizer]\nwarm_start = 'x'\n": [(5, ["warm_start", "2 epochs"])],
     '[rule]\nmatch = "*"\n': [(1, ["[[rule]]"])],
     RULE + 'lr = "1e-5"\n': [(4, ["number", "lr = 1e-5 without quotes"])],
     RULE + "lr = nan\n": [(4, ["finite"])],
@@ -59,7 +73,8 @@ WRONG = {  # text: [(line, words that the message holds)]
     RULE + 'init = "uniform"\n': [(4, ["zeros", "normal(0.02)"])],
     RULE + "clamp = [1, 0]\n": [(4, ["clamp", "low < high"])],
     RULE + "clamp = [1]\n": [(4, ["clamp", "low < high"])],
-    RULE + 'schedule = "cosin"\n': [(4, ["schedule", "cosine"])],
+    RULE + "schedule = 3\n": [(4, ["schedule = 3", "text"])],
+    RULE + "schedule = { step_size = 3 }\n": [(4, ["schedule", "write its name"])],
     '[[rule]]\nmatch = "*"\nfreeze = true\nlr = 1e-3\n': [(1, ["lr", "freezes"])],
     '[[rule]]\nmatch = "*"\ntrain = false\n': [(3, ["train = false", "freeze = true"])],
     "[[rule]]\ntrain = true\n": [(1, ["match is missing"])],
@@ -206,6 +221,54 @@ def test_when_switches_rules():
     assert on == [True, True, True, True, False, False, False]
 
 
+PHASES = """
+[[phase]]
+name = "probe"
+until = "{probe}"
+[[phase.rule]]
+match = "@blocks[-{n}:]"
+freeze = true
+
+[[phase]]
+warmup = "2%"
+when = "{rest}"
+"""
+KNOBS = "[params]\nprobe = { default = '20%' }\nrest = { default = true }\nn = { default = 2 }\n"
+
+
+def test_phases_take_knobs_and_conditions(tmp_path):
+    path = write(tmp_path, KNOBS + RULE + PHASES)
+    probe, rest = load_policy(path).phases
+    assert (probe.phase.name, probe.phase.until, rest.phase.until, rest.phase.warmup) == ("probe", "20%", None, "2%")
+    assert (probe.line, probe.rules[0].source, probe.rules[0].rule.match) == (9, f"{path}:12", ("@blocks[-2:]",))
+    (alone,) = load_policy(path, probe="3 epochs", rest=False).phases
+    assert alone.phase.until == "3 epochs"
+
+
+def test_ends_in_unlike_units_wait_for_the_length_of_the_run(tmp_path):
+    ends = "".join(f"[[phase]]\nuntil = {end}\n" for end in ("'20%'", "10", "'2 epochs'", "'11 steps'", "'100%'"))
+    assert len(load_policy(write(tmp_path, RULE + ends)).phases) == 5
+
+
+def test_a_file_s_own_phases_take_the_place_of_those_it_inherits(tmp_path):
+    write(tmp_path, KNOBS + RULE + PHASES, "parent.toml")
+    child = "extends = './parent.toml'\n"
+    assert len(load_policy(write(tmp_path, child)).phases) == 2
+    (own,) = load_policy(write(tmp_path, child + "[[phase]]\nuntil = 7\n")).phases
+    assert own.phase.until == 7
+
+
+def test_a_phase_that_is_off_needs_no_sensible_knobs(tmp_path):
+    text = KNOBS.replace("'20%'", "'none'") + RULE + PHASES.replace('{probe}"', "{probe}\"\nwhen = '{probe} != none'")
+    assert [phase.phase.warmup for phase in load_policy(write(tmp_path, text)).phases] == ["2%"]
+
+
+def test_a_rule_may_have_a_schedule_with_options_and_knobs(tmp_path):
+    text = "[params]\nn = { default = 7 }\n" + RULE + 'schedule = { name = "StepLR", step_size = "{n}", warmup = 3 }\n'
+    schedule = load_policy(write(tmp_path, text)).rules[0].rule.schedule
+    assert (schedule.name, schedule.options, schedule.warmup) == ("StepLR", {"step_size": 7}, 3)
+
+
 def test_a_rule_that_is_off_needs_no_sensible_knobs():
     assert load_policy("logit_scale").rules[-1].active is False
     assert load_policy("logit_scale", init=2.659).rules[-1].rule.init == 2.659
@@ -281,3 +344,6 @@ def test_the_schema_accepts_every_policy_that_ships_and_refuses_a_misspelt_key()
         schema.validate(tomli.loads(path.read_text(encoding="utf-8")))
     with pytest.raises(jsonschema.ValidationError, match="freze"):
         schema.validate({"rule": [{"match": "*", "freze": True}]})
+    schema.validate({"phase": [{"until": "{n}", "rule": [{"match": "*", "lr": "{lr}"}]}]})
+    with pytest.raises(jsonschema.ValidationError, match="lora"):
+        schema.validate({"phase": [{"rule": [{"match": "*", "lora": {"rank": 2}}]}]})
