@@ -11,8 +11,8 @@ from clipfreeze import changes, models
 from clipfreeze.plan.value import Plan
 from clipfreeze.train.batches import Tokenizer
 from clipfreeze.train.classes import text_prompt_in
-from clipfreeze.train.folder import empty_folder
 from clipfreeze.train.engine import gradient_notes
+from clipfreeze.train.folder import empty_folder
 from clipfreeze.train.objective import Training, training_module
 
 _CAPTIONS = ["a photo of a cat", "a diagram"]
