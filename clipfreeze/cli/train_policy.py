@@ -154,9 +154,8 @@ def run(
 
 def _resume(context: typer.Context, folder: Path) -> None:
     """DataError for any other option: the run goes on as it was started."""
-    said = [
-        name for name in context.params if getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE"
-    ]
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    said = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
     if also := [name.replace("_", "-") for name in said if name != "resume"]:
         what = f"--resume goes on with a run as it was started: it takes no {', '.join(also)}"
         raise DataError(what, "leave them out, or start a new run")

@@ -128,7 +128,7 @@ class Engine:
         return moved
 
     def _trained(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.applied.trainable().items() if parameter.requires_grad}
+        return self.applied.training()
 
     def _reached_by(self, batch: Batch) -> set[str]:
         """Names of what gets a gradient; the dice go on as if nothing had been drawn."""
@@ -153,7 +153,7 @@ class Engine:
 
 def gradient_notes(applied: Applied) -> list[str]:
     """Which trained parameters the loss does not reach; RunError when a gradient is not finite."""
-    gradients = {name: p.grad for name, p in applied.trainable().items() if p.requires_grad}
+    gradients = {name: p.grad for name, p in applied.training().items()}
     if bad := [name for name, grad in gradients.items() if grad is not None and not grad.isfinite().all()]:
         raise RunError(f"no finite gradient in the first step: {few(bad)}", "look for nan or inf in the weights")
     idle = [name for name, grad in gradients.items() if grad is None]

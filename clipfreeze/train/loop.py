@@ -18,7 +18,7 @@ from clipfreeze.errors import DataError, InterruptedRunError
 from clipfreeze.policy.span import parse_span
 from clipfreeze.stored import WEIGHTS, read_weights
 from clipfreeze.train.auto_batch import largest_batch
-from clipfreeze.train.batches import Loaded, Tokenizer, TrainingLoader, Transform
+from clipfreeze.train.batches import Batch, Loaded, Tokenizer, TrainingLoader, Transform
 from clipfreeze.train.best import Best
 from clipfreeze.train.broken import Broken
 from clipfreeze.train.calibration import Bin
@@ -39,6 +39,7 @@ from clipfreeze.train.retain import RetainFloor
 from clipfreeze.train.settings import TrainingSettings, training_settings
 from clipfreeze.train.sources import read_data
 from clipfreeze.train.stopping import Stopping
+from clipfreeze.train.together import this_shard
 from clipfreeze.train.tuned import for_training, measure_tuned, measure_untuned, unknown_notes
 
 if TYPE_CHECKING:
@@ -155,7 +156,9 @@ class Run:
         else:
             self.batch_size = settings.batch_size
         self.loader = loader(self.batch_size)
-        self.encoder = Encoder(applied.model, tokens, transform, num_workers=settings.num_workers or 0)
+        self.encoder = Encoder(
+            applied.model, tokens, transform, num_workers=settings.num_workers or 0, shard=this_shard()
+        )
         self.steps_per_epoch = len(self.loader)
         self.total_steps = settings.epochs * self.steps_per_epoch
         set_seed(settings.seed)
@@ -165,7 +168,7 @@ class Run:
         self.engine = Engine(applied, module, self.accelerator, prepared, self.scheduler, settings)
         self.average = Average(applied.trainable(), settings.ema) if settings.ema is not None else None
         self.step = 0
-        self.phase = -1
+        self.phase: int | None = -1  # that the ranks are ready for; before the first step none
         self.before: dict[str, Metrics] = {}
         self.losses: list[float] = []  # of this epoch
         self.notes: list[str] = []
@@ -235,7 +238,7 @@ class Run:
         """One step, and what is due after it."""
         started = time.monotonic()
         batch = loaded.batch if self.prompts is None else {**loaded.batch, "text": self.prompts.at(self.step)}
-        self._enter_phase(batch)
+        self._follow_phase(batch)
         lr = {str(group["name"]): float(group["lr"]) for group in self.optimizer.param_groups}
         taken = self.engine.update(batch, self.step + 1, lambda: [*self._asked_to_end(), float(bool(loaded.broken))])
         self.step += 1
@@ -288,14 +291,11 @@ class Run:
         every = max(1, parse_span(stretch).steps(self.total_steps, self.steps_per_epoch))
         return self.step % every == 0 or self.step == self.total_steps
 
-    def _enter_phase(self, batch: Mapping[str, Tensor]) -> None:
-        """At the step where a phase begins, what trains changes, and with it what the ranks reduce."""
-        starts = self.applied.phase_starts(self.total_steps, self.steps_per_epoch)
-        phase = max(number for number, start in enumerate(starts) if start <= self.step)
-        if phase != self.phase:
-            self.applied.enter_phase(self.optimizer, phase)
-            self.phase = phase
-            self.engine.wrap(dict(batch))
+    def _follow_phase(self, batch: Batch) -> None:
+        """Where the schedule has begun a phase, other parameters train, and the ranks reduce those."""
+        if self.phase != self.applied.phase:
+            self.phase = self.applied.phase
+            self.engine.wrap(batch)
 
     def _prepare_decisions(self) -> None:
         """What evaluations under way decide. DataError for a score that is not measured."""
@@ -381,7 +381,7 @@ class Run:
         scaler = self.accelerator.scaler
         return {
             "step": self.step,
-            "phase": self.phase,
+            "phase": self.applied.phase,
             "ranks": world_size(),
             "run": self._facts(),
             "optimizer": optimizer,
@@ -414,7 +414,7 @@ class Run:
                 for name in other
             )
             raise DataError(f"the run cannot go on: changed since is {shown}", "give what the run was started with")
-        if state["phase"] >= 0:
+        if state["phase"] is not None:
             self.applied.enter_phase(self.optimizer, state["phase"])
         self.applied.load_optimizer_state(self.optimizer, _below("optimizer/", saved.tensors), state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

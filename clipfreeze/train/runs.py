@@ -36,6 +36,7 @@ from clipfreeze.train.pairs import PairSet
 from clipfreeze.train.parts import read_parts
 from clipfreeze.train.sources import demo_pairs, read_data
 from clipfreeze.train.spec import RunSpec, installed_version, read_spec, repeatable, write_spec
+from clipfreeze.train.together import this_shard
 from clipfreeze.train.tuned import measure_tuned, unknown_notes
 
 log = logging.getLogger(__name__)
@@ -220,7 +221,9 @@ def open_run(folder: Path, data: Mapping[str, str] | None = None) -> TrainedRun:
     start = start_values(plan, loaded.model)
     applied = changes.load(folder, loaded.model)
     tokenizer = Tokenizer(loaded.tokenizer, loaded.model)
-    encoder = Encoder(loaded.model, tokenizer, loaded.transform, num_workers=_num_workers(spec, device))
+    encoder = Encoder(
+        loaded.model, tokenizer, loaded.transform, num_workers=_num_workers(spec, device), shard=this_shard()
+    )
     for name, pairs in tests.items():
         for note in unknown_notes(name, pairs, plan.sites):
             log.warning(note)
