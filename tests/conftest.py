@@ -1,4 +1,4 @@
-"""One thread a process: tiny models gain nothing from more, and tests run side by side. No test fails for being slow."""
+"""One thread a process: tiny models gain nothing from more, and tests run side by side. No test fails by being slow."""
 
 import torch
 from hypothesis import settings

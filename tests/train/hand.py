@@ -79,6 +79,7 @@ class ByHand:
     warmup: int | str = 0
     plan: Any = field(init=False)
     additions: tuple[Any, ...] = ()
+    phase: None = None
 
     def __post_init__(self) -> None:
         self.plan = SimpleNamespace(schedule=Schedule(name="constant", warmup=self.warmup), sites=())
@@ -90,6 +91,12 @@ class ByHand:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def training(self) -> dict[str, nn.Parameter]:
+        return self.trainable()
+
+    def optimizer_state(self, optimizer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {}, {}
 
     def optimizer(self) -> torch.optim.Optimizer:
         group = {"params": list(self.trainable().values()), "name": "all"}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import clipfreeze
 from clipfreeze.errors import DataError, RunError
-from clipfreeze.train.batches import Tokenizer, training_loader, unbroken
+from clipfreeze.train.batches import Tokenizer, TrainingLoader
 from clipfreeze.train.loop import Result, fit
 from clipfreeze.train.pairs import PairSet
 
@@ -32,7 +32,7 @@ def model(family: str = "clip_vit") -> nn.Module:
 
 
 def run(applied: Any, train: PairSet | None = None, **settings: Any) -> Result:
-    values: dict[str, Any] = {"tokenizer": Words(), "transform": transform(), "batch_size": 4} | settings
+    values: dict[str, Any] = {"tokenizer": Words(), "transform": transform(), "batch_size": 4, "epochs": 1} | settings
     return fit(applied, colour_pairs() if train is None else train, **values)
 
 
@@ -55,12 +55,8 @@ def test_steps_equal_a_hand_written_loop(names: tuple[str, ...]) -> None:
         parameter.requires_grad_(not names or name in names)
     trained = [parameter for parameter in twin.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
-    loader = training_loader(colour_pairs(), transform(), Tokenizer(Words(), twin), batch_size=4, seed=0, num_workers=0)
-    for step, epoch in enumerate((0, 0, 1, 1)):
-        if step % 2 == 0:
-            loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
-            batches = unbroken(loader)
-        batch = next(batches)
+    loader = TrainingLoader(colour_pairs(), transform(), Tokenizer(Words(), twin), batch_size=4, seed=0, num_workers=0)
+    for step, batch in enumerate(loaded.batch for epoch in range(2) for loaded in loader.batches(epoch)):
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / 4)
         optimizer.zero_grad()
         image, text, scale = twin(batch["image"], batch["text"])
@@ -102,7 +98,9 @@ def test_a_run_lowers_the_loss_and_leaves_its_numbers(tmp_path: Path, capfd: pyt
     assert lines[20]["lr"] == {"all": pytest.approx(5e-4)}
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["after"]["target"]["scores"]["top1"]["value"] == result.after["target"].scores["top1"].value
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "results.json", "weights.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("checkpoints", "metrics.jsonl", "results.json", "run.log", "weights.safetensors"),
+    ]
     out, err = capfd.readouterr()
     assert out == ""
     assert "epoch 20: loss" in err
@@ -191,7 +189,7 @@ def test_a_goal_that_fell_is_noted() -> None:
 
 
 def test_no_epochs_and_no_room_are_input_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match="0 epochs"):
+    with pytest.raises(DataError, match="epochs = 0"):
         run(ByHand(model()), epochs=0)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})())
     with pytest.raises(DataError, match="no room for the run"):
