@@ -28,6 +28,7 @@ from clipfreeze.optim.groups import param_groups, prove_groups
 from clipfreeze.optim.optimizers import build_optimizer
 from clipfreeze.optim.phases import PHASE, phase_starts, plan_scheduler, set_groups
 from clipfreeze.optim.policy_scheduler import PolicyScheduler
+from clipfreeze.optim.state import OptimizerState, load_optimizer_state, optimizer_state
 from clipfreeze.optim.step_hooks import Pull, clamp_after_steps, pull_before_steps
 from clipfreeze.plan.sites import Site, renamed
 from clipfreeze.plan.value import Plan, PlannedParameter
@@ -172,6 +173,29 @@ class Applied:
                 self.enter_phase(optimizer, phase)
 
         return plan_scheduler(self.plan, optimizer, total_steps, steps_per_epoch, enter)
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> OptimizerState:
+        """All that the optimizer and the run's phase come to, by parameter name; between two steps.
+
+        Its tensors fit a safetensors file, the rest JSON. An OptimizerState of what was read back fits the next method.
+        """
+        self._refuse_idle()
+        tensors, plain = optimizer_state(optimizer, self.trainable())
+        return OptimizerState(tensors, plain | {"phase": self.phase})
+
+    def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: OptimizerState) -> None:
+        """Go on where another run of this policy was: in its phase, with its moments and rates, bit for bit.
+
+        Raises ApplyError, nothing being changed, where names or shapes differ.
+        """
+        self._refuse_idle()
+        phase = state.plain["phase"]
+        if (phase is None) != (self.phase is None) or (phase or 0) >= max(1, len(self.plan.phases)):
+            what = "the optimizer's state is of a run with other phases"
+            raise ApplyError(what, "resume with the policy and the model it was saved with")
+        load_optimizer_state(optimizer, self.trainable(), state)
+        if phase is not None:
+            self.enter_phase(optimizer, phase)
 
     def penalty(self) -> Tensor:
         """The value of the `l2sp` terms of what trains now, for the log alone: `optimizer()` adds their gradient."""
