@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,12 +31,12 @@ from clipfreeze.train.columns import TableFormat
 from clipfreeze.train.pairs import LeftOut, Pair
 from clipfreeze.train.pictures import open_image
 from clipfreeze.train.shard_samples import captions_of, image_key
+from clipfreeze.train.shards import URL
 
 log = logging.getLogger(__name__)
 
 SCHEMES = ("pipe", "file", "http", "https", "sftp", "ftps", "scp", "gs", "hf", "ais", "htgs")
 """What webdataset opens."""
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")  # two letters or more: C: is a disk
 
 
 @dataclass(frozen=True)
@@ -55,15 +54,9 @@ class PairStream:
         return self.samples_per_epoch
 
 
-def is_stream(source: str) -> bool:
-    """Whether data are named by URL: pipe:COMMAND, file:PATH, https://..., hf://..., but not hf:NAME."""
-    scheme = _URL.match(source)
-    return scheme is not None and (scheme[1].lower() != "hf" or source[3:5] == "//")
-
-
 def read_stream(urls: str, samples_per_epoch: int, layout: TableFormat | None = None) -> PairStream:
     """The shards of a brace pattern. DataError for what webdataset cannot open."""
-    scheme = _URL.match(urls)
+    scheme = URL.match(urls)
     if scheme is None or scheme[1].lower() not in SCHEMES:
         shown = scheme[1] if scheme else urls
         raise DataError(

@@ -14,7 +14,9 @@ from shard_files import samples, write_shard, write_shards
 
 from clipfreeze.errors import DataError
 from clipfreeze.train.batches import Loaded
-from clipfreeze.train.stream import PairStream, StreamLoader, is_stream, read_stream
+from clipfreeze.train.shards import is_stream
+from clipfreeze.train.sources import read_data
+from clipfreeze.train.stream import PairStream, StreamLoader, read_stream
 
 from hand import coloured
 
@@ -146,6 +148,8 @@ def test_streams_that_cannot_be_are_errors() -> None:
     with pytest.raises(DataError, match="no way to stream s3") as caught:
         read_stream("s3://bucket/a.tar", 10)
     assert "pipe:aws s3 cp" in str(caught.value)
+    with pytest.raises(DataError, match="are a stream"):
+        read_data("https://host/a.tar")
     with pytest.raises(DataError, match="--samples-per-epoch"):
         read_stream("pipe:cat a.tar", 0)
     with pytest.raises(DataError, match="larger than the data"):
