@@ -136,6 +136,13 @@ def load(text: str, pretrained: str | None = None, *, precision: str = "fp32", d
     return Loaded(model, tokenizer, train_transform, transform, name, pretrained, length, tuple(notes), random)
 
 
+def tokenizer_of(text: str) -> Any:
+    """The tokenizer of a model by name, without the model; its `context_length` is the model's."""
+    name = canonical_name(text)
+    model_config(name)
+    return _tokenizer(name)
+
+
 def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     """Load a checkpoint file into `model`, strictly, and return remarks for the user.
 

@@ -100,6 +100,7 @@ def test_the_public_names():
         ["schema"],
         ["apply", "--help"],
         ["export", "--help"],
+        ["data", "--help"],
         ["nonsense"],
     ],
     ids=" ".join,

@@ -19,6 +19,7 @@ from clipfreeze.cli import (
     print_schema,
     show_policy,
     show_roles,
+    survey_data,
     train_policy,
 )
 from clipfreeze.errors import ClipfreezeError
@@ -37,6 +38,7 @@ app.command("check")(check_policies.run)
 app.command("apply")(apply_policy.run)
 app.command("explain")(explain_policy.run)
 app.command("diff")(diff_policies.run)
+app.command("data")(survey_data.run)
 app.command("train")(train_policy.run)
 app.command("eval")(eval_folder.run)
 app.command("export")(export_run.run)

@@ -96,10 +96,12 @@ class TrainingSamples(Dataset[Any]):
             with thrown(dice):
                 caption = random.choice(self.pictures.pairs.templates).format(random.choice(pair.captions))
                 image = self.pictures[position]
-            if not isinstance(image, DataError):
+            if isinstance(image, Tensor):
                 return Sample(image, caption, pair.label, tuple(broken))
+            if self.attempts == 1:
+                return image
             broken.append(reason(image))
-        return image if self.attempts == 1 else DataError(f"{len(broken)} pictures in a row are broken, {broken[-1]}")
+        return DataError(f"{len(broken)} pictures in a row are broken: {broken[-1]}")
 
 
 class Shuffled(Sampler[Draw]):

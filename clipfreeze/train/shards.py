@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from clipfreeze.train.pairs import LeftOut, Pair, PairSet
 from clipfreeze.train.shard_samples import CAPTION_KEYS, base_and_key, captions_of, image_key, is_metadata
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")  # two letters or more: C: is a disk
 _MOST_MISSING = 10
 
 
@@ -41,6 +43,12 @@ class Member:
         with self.shard.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.length if most < 0 else min(most, self.length))
+
+
+def is_stream(source: str) -> bool:
+    """Whether data are named by URL: pipe:COMMAND, file:PATH, https://..., hf://..., but not hf:NAME."""
+    scheme = URL.match(source)
+    return scheme is not None and (scheme[1].lower() != "hf" or source[3:5] == "//")
 
 
 def shard_paths(pattern: str) -> list[Path]:
