@@ -69,9 +69,11 @@ class Journal:
         self.bar.update()
 
     def epoch(self, record: Mapping[str, Any]) -> None:
-        """The last step of an epoch, where there is no bar."""
+        """The last step of an epoch: into run.log, and to people where there is no bar."""
+        line = f"epoch {record['epoch']}: {shown(record)}"
+        self.note(line)
         if self.speaks and self.bar.disable:
-            print(f"epoch {record['epoch']}: {shown(record)}", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
 
     def evaluation(self, step: int, found: Mapping[str, Metrics]) -> None:
         """Scores under way."""
@@ -82,15 +84,19 @@ class Journal:
 
     def say(self, line: str) -> None:
         """A line to people and to run.log."""
+        self.note(line)
         if self.speaks:
-            if self._file is not None:
-                self._file.emit(log.makeRecord("clipfreeze", logging.INFO, "", 0, line, (), None))
             self.bar.write(line, file=sys.stderr)
 
     def warn(self, note: str) -> None:
         """A note that the result repeats."""
         if self.speaks:
             log.warning(note)
+
+    def note(self, line: str) -> None:
+        """Into run.log alone: what a program prints is for it to say."""
+        if self._file is not None:
+            self._file.emit(log.makeRecord("clipfreeze", logging.INFO, "", 0, line, (), None))
 
     def _keep(self, record: Mapping[str, Any]) -> None:
         if self.folder is not None:

@@ -15,6 +15,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from clipfreeze.errors import DataError, InterruptedRunError
+from clipfreeze.optim.state import OptimizerState
 from clipfreeze.policy.span import parse_span
 from clipfreeze.stored import WEIGHTS, read_weights
 from clipfreeze.train.auto_batch import largest_batch
@@ -210,6 +211,10 @@ class Run:
             else:
                 self._restore_dice(resume)
             self.engine.module.train()
+            self.journal.note(
+                f"{len(self.train)} pairs, {self.total_steps} steps of {self.batch_size} on {world_size()} rank(s) of "
+                f"{self.accelerator.device}, from step {self.step}"
+            )
             self.waited, started = 0.0, time.monotonic()
             try:
                 self._train()
@@ -416,7 +421,8 @@ class Run:
             raise DataError(f"the run cannot go on: changed since is {shown}", "give what the run was started with")
         if state["phase"] is not None:
             self.applied.enter_phase(self.optimizer, state["phase"])
-        self.applied.load_optimizer_state(self.optimizer, _below("optimizer/", saved.tensors), state["optimizer"])
+        held = OptimizerState(_below("optimizer/", saved.tensors), state["optimizer"])
+        self.applied.load_optimizer_state(self.optimizer, held)
         self.scheduler.load_state_dict(state["scheduler"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
