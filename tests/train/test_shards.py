@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shard_files import samples, write_shard, write_shards
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from clipfreeze.errors import DataError
@@ -20,6 +19,7 @@ from clipfreeze.train.shards import Member
 from clipfreeze.train.sources import read_data
 
 from hand import coloured
+from shard_files import samples, write_shard, write_shards
 
 PICTURE = coloured("red")
 
