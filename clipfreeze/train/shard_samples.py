@@ -14,12 +14,15 @@ _IMAGE_KEYS = frozenset(suffix[1:] for suffix in PICTURE_SUFFIXES)
 _JSON_CAPTIONS = ("caption", "text")
 
 
-def base_and_key(name: str) -> tuple[str, str]:
-    """As webdataset cuts a name: dots of the folder do no harm, "img.v2.jpg" is "img" and "v2.jpg"; no key is ""."""
+def base_and_key(name: str) -> tuple[str, str] | None:
+    """As webdataset cuts a name: dots of the folder do no harm, "img.v2.jpg" is "img" and "v2.jpg".
+
+    None for a name it passes over: one without a dot, or with nothing before it.
+    """
     from webdataset.tariterators import base_plus_ext
 
     base, key = base_plus_ext(name)
-    return (name, "") if base is None else (base, key.lower())
+    return None if base is None else (base, key.lower())
 
 
 def is_metadata(name: str) -> bool:

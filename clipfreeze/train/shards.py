@@ -84,8 +84,7 @@ def read_shards(paths: Sequence[Path], name: str, layout: TableFormat | None = N
 
 def _pairs(shard: Path, encoding: str, left_out: LeftOut) -> Iterator[Pair]:
     with shard.open("rb") as file:
-        members = ((*base_and_key(member.name), member) for member in _members(shard))
-        for _, group in groupby(members, lambda entry: entry[0]):
+        for _, group in groupby(_keyed(shard, left_out), lambda entry: entry[0]):
             files: dict[str, Member] = {}
             for _, key, member in group:
                 if key in files:
@@ -105,6 +104,15 @@ def _pairs(shard: Path, encoding: str, left_out: LeftOut) -> Iterator[Pair]:
                     left_out.add(f"{member}{alone}")
             if image and captions:
                 yield Pair(files[image], captions, str(files[image]))
+
+
+def _keyed(shard: Path, left_out: LeftOut) -> Iterator[tuple[str, str, Member]]:
+    """Base, key and file of each member that belongs to a sample."""
+    for member in _members(shard):
+        if cut := base_and_key(member.name):
+            yield *cut, member
+        else:
+            left_out.add(str(member))
 
 
 def _members(shard: Path) -> Iterator[Member]:

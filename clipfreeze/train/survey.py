@@ -94,13 +94,12 @@ def expected_false_negatives(said: Sequence[Sequence[str]], batch_size: int) -> 
     drawn = min(batch_size, size)
     if drawn < 2:
         return 0.0
-    chance: Counter[str] = Counter()
-    squares: Counter[str] = Counter()
+    chances: dict[str, list[float]] = {}
     for captions in said:
         for caption in captions:
-            chance[caption] += 1 / len(captions)  # type: ignore[assignment]  # a Counter may hold fractions
-            squares[caption] += 1 / len(captions) ** 2  # type: ignore[assignment]
-    equal = sum(chance[caption] ** 2 - squares[caption] for caption in chance) / (size * (size - 1))
+            chances.setdefault(caption, []).append(1 / len(captions))
+    shared = (chance for chance in chances.values() if len(chance) > 1)
+    equal = sum(sum(chance) ** 2 - sum(p * p for p in chance) for chance in shared) / (size * (size - 1))
     return equal * drawn * (drawn - 1) / 2
 
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -17,9 +19,11 @@ from clipfreeze.train.batches import EvaluationLoader, Loaded, Steps, Tokenizer,
 from clipfreeze.train.broken import Broken
 from clipfreeze.train.pairs import Pair, PairSet
 from clipfreeze.train.pictures import open_image
+from clipfreeze.train.sources import read_data
 
 import tiny
 from hand import Words, colour_pairs, coloured, transform
+from shard_files import write_shards
 
 
 def loader(pairs: PairSet, **settings: Any) -> TrainingLoader:
@@ -117,6 +121,21 @@ def test_unbroken_data_come_as_they_did_before(tmp_path: Path) -> None:
         for first, second in zip(one, other, strict=True)
     ]
     assert int(torch.cat(differ).sum()) <= 1
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_pictures_in_shards_and_parquet_load_in_workers(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    write_shards(tmp_path, 2, 4)
+    rows = [{"image": pair.image, "caption": pair.captions[0]} for pair in colour_pairs()]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    for source in ("{00000..00001}.tar", "pairs.parquet"):
+        pairs = read_data(f"{tmp_path}/{source}")
+        here, workers = loader(pairs, batch_size=4), loader(pairs, batch_size=4, num_workers=1)
+        workers._loader.multiprocessing_context = method
+        assert_equal(list(workers.batches(0)), list(here.batches(0)))
 
 
 def test_data_that_are_all_broken_end_the_run(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shard_files import samples, write_shard
 
 from clipfreeze.errors import DataError
 from clipfreeze.train.pairs import PairSet
@@ -17,6 +16,7 @@ from clipfreeze.train.parts import read_parts, shared_pictures
 from clipfreeze.train.sources import read_data
 
 from hand import coloured
+from shard_files import samples, write_shard
 
 
 def table(folder: Path, parts: list[str | None], header: bool = True) -> str:

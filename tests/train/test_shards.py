@@ -7,9 +7,8 @@ import pickle
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from shard_files import samples, write_shard, write_shards
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from clipfreeze.errors import DataError
@@ -20,6 +19,7 @@ from clipfreeze.train.shards import Member
 from clipfreeze.train.sources import read_data
 
 from hand import coloured
+from shard_files import samples, write_shard, write_shards
 
 PICTURE = coloured("red")
 
@@ -131,6 +131,8 @@ names = st.from_regex(r"[a-c./]{0,3}[a-c]{1,2}\.(jpg|PNG|txt|json|v2\.jpg)", ful
 
 
 @given(st.lists(names, unique=True, max_size=12))
+@example(["a.txt", ".a.jpg", "a.jpg"])
+@example(["a.txt", "b.txt", "a.jpg"])
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_samples_are_webdataset_s(tmp_path: Path, files: list[str]) -> None:
     def content(name: str) -> bytes:

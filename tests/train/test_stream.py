@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from shard_files import samples, write_shard, write_shards
 
 from clipfreeze.errors import DataError
 from clipfreeze.train.batches import Loaded
@@ -19,6 +18,7 @@ from clipfreeze.train.sources import read_data
 from clipfreeze.train.stream import PairStream, StreamLoader, read_stream
 
 from hand import coloured
+from shard_files import samples, write_shard, write_shards
 
 
 class Sizes:
