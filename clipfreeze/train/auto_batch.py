@@ -30,7 +30,7 @@ def largest_batch(applied: Applied, module: Training, example: Mapping[str, Tens
     two, four = (_kept_bytes(module, _repeated(batch, module, size), engine) for size in (2, 4))
     each = max(1, (four - two) // 2)
     room = _USED * _free_bytes(device) - fixed - max(0, two - 2 * each)
-    size = min(everyones(int(min(room // each, pairs // world_size(), _MOST // world_size()))))
+    size: int = min(everyones(int(min(room // each, pairs // world_size(), _MOST // world_size()))))
     size = size // _MULTIPLE * _MULTIPLE if size >= _MULTIPLE else size
     while device.type == "cuda" and size > 2 and not _fits(module, _repeated(batch, module, size), engine):
         size = size * 3 // 4
