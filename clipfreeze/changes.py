@@ -181,7 +181,7 @@ class Applied:
         """
         self._refuse_idle()
         tensors, plain = optimizer_state(optimizer, self.trainable())
-        return OptimizerState(tensors, plain | {"phase": self.phase})
+        return OptimizerState(tensors, plain | {"optimizer": self.plan.optimizer.name, "phase": self.phase})
 
     def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: OptimizerState) -> None:
         """Go on where another run of this policy was: in its phase, with its moments and rates, bit for bit.
@@ -189,10 +189,12 @@ class Applied:
         Raises ApplyError, nothing being changed, where names or shapes differ.
         """
         self._refuse_idle()
-        phase = state.plain["phase"]
+        phase, name = state.plain["phase"], state.plain["optimizer"]
+        fix = "resume with the policy and the model it was saved with"
+        if name != self.plan.optimizer.name:
+            raise ApplyError(f"the state is of the optimizer {name}, and this is {self.plan.optimizer.name}", fix)
         if (phase is None) != (self.phase is None) or (phase or 0) >= max(1, len(self.plan.phases)):
-            what = "the optimizer's state is of a run with other phases"
-            raise ApplyError(what, "resume with the policy and the model it was saved with")
+            raise ApplyError("the optimizer's state is of a run with other phases", fix)
         load_optimizer_state(optimizer, self.trainable(), state)
         if phase is not None:
             self.enter_phase(optimizer, phase)

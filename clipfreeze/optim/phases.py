@@ -24,8 +24,6 @@ from clipfreeze.policy.span import parse_span
 PHASE = "phase"
 """Entry of a param group: index of the phase it is in."""
 
-_OURS = ("params", "name", "lr", "initial_lr", "weight_decay", PHASE)
-
 
 def phase_starts(phases: Sequence[PlannedPhase], total_steps: int, steps_per_epoch: int | None = None) -> list[int]:
     """The first step of each phase in a run. PlanError unless each has some steps, and the order is the run's."""
@@ -60,11 +58,10 @@ def set_groups(optimizer: torch.optim.Optimizer, plan: Plan, index: int) -> None
 
 
 def _forget(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
-    """Momentum and counts of a group, those too that some optimizers keep in the group itself."""
+    """Momentum and counts of a group."""
     for parameter in group["params"]:
         optimizer.state.pop(parameter, None)
-    for name in [name for name in group if name not in _OURS and name not in optimizer.defaults]:
-        del group[name]
+    group.pop("step", None)  # where Lamb and Adan count
 
 
 def plan_scheduler(

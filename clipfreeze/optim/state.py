@@ -41,7 +41,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Par
         entries[name] = {key: value for key, value in held.items() if not isinstance(value, Tensor)}
         if odd := [key for key, value in entries[name].items() if not _is_plain(value)]:
             raise ApplyError(f"the optimizer's {odd[0]} of {name} cannot be saved", "take another optimizer: adamw")
-    return OptimizerState(tensors, {"state": entries, "tensors": sorted(tensors), **_layout(optimizer, names, groups)})
+    shapes = {name: list(parameter.shape) for name, parameter in names.items()}
+    return OptimizerState(tensors, {"groups": groups, "state": entries, "shapes": shapes, "tensors": sorted(tensors)})
 
 
 def load_optimizer_state(
@@ -96,17 +97,6 @@ def _like(value: Any, current: Any) -> Any:
     return tuple(value) if isinstance(value, list) and isinstance(current, tuple) else value
 
 
-def _layout(
-    optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter], groups: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """What must be the same where the state is put back."""
-    return {
-        "options": sorted(optimizer.defaults),
-        "shapes": {name: list(parameter.shape) for name, parameter in names.items()},
-        "groups": groups,
-    }
-
-
 def _misfits(
     optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter], state: OptimizerState
 ) -> Iterator[str]:
@@ -120,8 +110,6 @@ def _misfits(
         for name, shape in here.items()
         if there.get(name, shape) != shape
     )
-    if plain["options"] != sorted(optimizer.defaults):
-        yield f"it is another optimizer's, with {', '.join(plain['options'])}"
     if [group["parameters"] for group in plain["groups"]] != _members(optimizer, names):
         yield "its param groups are others"
     yield from (f"{path} is missing" for path in plain["tensors"] if path not in tensors)

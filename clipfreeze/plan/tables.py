@@ -175,12 +175,18 @@ def _phases(plan: Plan) -> Iterator[str]:
     for number, phase in enumerate(plan.phases):
         end = "end" if phase.until is None else _stretch(phase.until)
         warmup = _stretch(phase.warmup) if phase.warmup else ""
-        lrs = _join(f"{group.lr:g}" for group in phase.groups)
+        lrs = _rates({group.lr for group in phase.groups})
         trains = _training_parts(plan.parameters, plan.trains_in(number))
         rows.append((phase.name, begin, end, trains, phase.tensors, f"{phase.parameters:,}", lrs, warmup))
         begin = end
     yield grid(rows, ("phase", "from", "until", "trains", "tensors", "parameters", "lr", "warmup"))
     yield ""
+
+
+def _rates(lrs: Collection[float]) -> str:
+    if len(lrs) > 3:
+        return f"{min(lrs):g} to {max(lrs):g}"
+    return ", ".join(f"{lr:g}" for lr in sorted(lrs))
 
 
 def _training_parts(parameters: Sequence[PlannedParameter], trains: Collection[str]) -> str:

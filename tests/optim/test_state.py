@@ -84,6 +84,10 @@ class Run:
         }
 
 
+def comparable(saved: dict) -> tuple:
+    return saved["tensors"], json.loads(saved["plain"]), json.loads(saved["scheduler"])
+
+
 @pytest.mark.parametrize("phases", ["", PHASES], ids=["without phases", "phases"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_law_9_resuming_at_any_step_is_the_uninterrupted_run(optimizer, phases, tmp_path):
@@ -97,8 +101,7 @@ def test_law_9_resuming_at_any_step_is_the_uninterrupted_run(optimizer, phases, 
         resumed = Run(text, tmp_path, kept[stop])
         for step in range(stop, STEPS):
             again = resumed.saved()
-            assert {key: again[key] for key in ("tensors", "plain", "scheduler")} == {
-                key: kept[step][key] for key in ("tensors", "plain", "scheduler")}, (stop, step)  # fmt: skip
+            assert comparable(again) == comparable(kept[step]), (stop, step)
             resumed.step()
         assert_same(weights(resumed.model), kept[STEPS]["weights"])
         assert resumed.applied.phase == straight.applied.phase
@@ -152,7 +155,7 @@ SCALE = '[[rule]]\nmatch = "@logit_scale"\ntrain = true\n'
     [
         (HEADS + SCALE, "adamw", "logit_scale trains here and did not there"),
         (HEADS.replace("@projections", "visual.proj"), "adamw", "text_projection trained there and does not here"),
-        (HEADS, "sgd", "another optimizer's, with (.|\n)*betas"),
+        (HEADS, "sgd", "is of the optimizer adamw, and this is sgd"),
         (HEADS + '[[rule]]\nmatch = "visual.proj"\nlr = 1\n', "adamw", "its param groups are others"),
         (HEADS + "[[phase]]\nuntil = 3\n", "adamw", "with other phases"),
     ],

@@ -37,7 +37,8 @@ def test_every_policy_plans_on_every_offline_config():
             assert plan.trainable, (name, policy.name)
             assert len({p.name for p in plan.parameters}) == len(plan.parameters)
             decoder = [p for p in plan.trainable if p.role == "decoder"]
-            assert bool(decoder) == (policy.name == "full" and "coca" in name.lower()), (name, policy.name)
+            everything = policy.name in ("full", "lp_ft", "gradual")
+            assert bool(decoder) == (everything and "coca" in name.lower()), (name, policy.name)
 
 
 def planned(name: str, model: str = "clip_vit", **knobs) -> Plan:
@@ -90,6 +91,8 @@ TRAINS = [  # policy, knobs, what trains in a ViT CLIP of 3 + 3 blocks
     ("prompt", {"couple": True}, {"prompt", "prompt[0]"}),
     ("lora_prompt", {}, {f"lora[{i}]" for i in range(3)} | {"prompt"}),
     ("head", {}, {"head"}),
+    ("lp_ft", {}, VISION | TEXT | SCALE),
+    ("gradual", {}, VISION | TEXT | SCALE),
     ("head", {"last": 1, "init": "zeros"}, {"head", "vision.blocks[2]", "vision.norm", "vision.proj"}),
 ]
 
@@ -97,6 +100,41 @@ TRAINS = [  # policy, knobs, what trains in a ViT CLIP of 3 + 3 blocks
 @pytest.mark.parametrize(("name", "knobs", "expected"), TRAINS)
 def test_a_policy_trains_what_it_says(name, knobs, expected):
     assert parts(planned(name, **knobs)) == expected
+
+
+PHASES = [  # policy, knobs, what trains in each phase
+    ("lp_ft", {}, [("20%", HEADS | SCALE), (None, VISION | TEXT | SCALE)]),
+    ("lp_ft", {"probe": "2 epochs"}, [("2 epochs", HEADS | SCALE), (None, VISION | TEXT | SCALE)]),
+    (
+        "gradual",
+        {"until_upper": "400 steps", "until_lower": "60%"},
+        [
+            ("10%", HEADS | SCALE),
+            ("400 steps", HEADS | SCALE | LAST | {"vision.norm", "text.norm"}),
+            ("60%", HEADS | SCALE | LAST | {"vision.norm", "text.norm", "vision.blocks[1]", "text.blocks[1]"}),
+            (None, VISION | TEXT | SCALE),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "knobs", "expected"), PHASES)
+def test_a_policy_with_phases_trains_what_it_says_when_it_says(name, knobs, expected):
+    plan = planned(name, **knobs)
+    found = []
+    for number, phase in enumerate(plan.phases):
+        names = plan.trains_in(number)
+        found.append((phase.until, {part for part in parts(plan) if _in(plan, part, names)}))
+    assert found == expected
+
+
+def _in(plan: Plan, part: str, names: frozenset[str]) -> bool:
+    return any(p.name in names for p in plan.trainable if part in (p.role, f"{p.role}[{p.block}]"))
+
+
+def test_gradual_slows_the_lower_blocks():
+    rates = {p.block: p.lr for p in planned("gradual").trainable if p.role == "vision.blocks"}
+    assert rates == {0: 6.14125e-06, 1: 7.225e-06, 2: 8.5e-06}
 
 
 def test_norm_bias_trains_norms_and_output_biases_alone():
