@@ -49,6 +49,8 @@ def main() -> None:
     """The console script. What a user can cause is one message a problem on stderr, never a traceback."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.captureWarnings(True)
+    if os.environ.get("RANK", "0") != "0":  # of several processes one prints; errors come from all
+        sys.stdout = Path(os.devnull).open("w")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: nothing half-written
     try:
         app()

@@ -147,8 +147,7 @@ def run(
         num_workers=workers,
     )
     plan = plan_of(run_policy(spec), anatomy_of(model))
-    if _speaks():
-        print(plan, flush=True)
+    print(plan, flush=True)
     _print(train_run(spec, plan, out))
 
 
@@ -156,7 +155,7 @@ def _resume(context: typer.Context, folder: Path) -> None:
     """DataError for any other option: the run goes on as it was started."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     said = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    if also := [name.replace("_", "-") for name in said if name != "resume"]:
+    if also := sorted(name.replace("_", "-") for name in said if name != "resume"):
         what = f"--resume goes on with a run as it was started: it takes no {', '.join(also)}"
         raise DataError(what, "leave them out, or start a new run")
 
@@ -168,8 +167,6 @@ def _resume(context: typer.Context, folder: Path) -> None:
 def _print(result: Result) -> None:
     from clipfreeze.cli.results import result_table
 
-    if not _speaks():
-        return
     kept = f", kept are the weights of step {result.kept_step}" if result.kept_step != result.steps else ""
     print(
         f"\n{result.steps} steps in {result.seconds:.0f} s ({result.data_wait:.0%} waiting for data), "
@@ -179,13 +176,6 @@ def _print(result: Result) -> None:
     if result.broken:
         print(f"\n{len(result.broken)} broken pictures were left out: run.log names them")
     print(f"\nrun folder  {result.folder}\nnext        clipfreeze eval {result.folder}")
-
-
-def _speaks() -> bool:
-    """Whether this is the rank that prints."""
-    from clipfreeze.train.distributed import rank
-
-    return rank() == 0
 
 
 def _size(said: str | None) -> Any:

@@ -68,7 +68,8 @@ class PolicyScheduler(LRScheduler):
 
     def step(self, epoch: int | None = None) -> None:
         """On to the next step of the run."""
-        self._enter(self._times.phase_at(self.last_epoch + 1 if epoch is None else epoch))
+        if self.last_epoch >= 0:  # when made, it leaves the phase alone: the optimizer may be one that goes on
+            self._enter(self._times.phase_at(self.last_epoch + 1 if epoch is None else epoch))
         super().step(epoch)
         self._move_momentum()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,11 @@ from pydantic import BaseModel, ValidationError
 from clipfreeze.errors import PolicyError, Problem, did_you_mean
 from clipfreeze.policy.actions import ACTIONS
 from clipfreeze.policy.classes import CLASS_WORDS, read_classes
-from clipfreeze.policy.knobs import KnobError, KnobValue, as_text, is_on, knob_values, references, substitute
+from clipfreeze.policy.document import Document
+from clipfreeze.policy.filling import Active, Filling
+from clipfreeze.policy.knobs import KnobValue, as_text, knob_values, references
 from clipfreeze.policy.lines import Where, key_lines, line_of
-from clipfreeze.policy.schema import SETTINGS, Knob, Optimizer, Phase, PhaseRule, PolicyFile, Rule, Schedule
+from clipfreeze.policy.schema import Knob, Optimizer, Phase, PhaseRule, PolicyFile, Rule, Schedule
 from clipfreeze.policy.span import parse_span
 
 
@@ -100,23 +102,6 @@ def _policies_folder() -> Path:
     return packaged if packaged.is_dir() else package.parent / "policies"  # in a checkout they lie beside the package
 
 
-_Active = dict[tuple[Path, Where], bool]
-"""Of the rules and phases of each file, whether they are on."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Document:
-    """One file as parsed, with the line of each key."""
-
-    path: Path
-    shown: str
-    data: dict[str, Any]
-    lines: dict[Where, int]
-
-    def problem(self, where: Where, what: str, fix: str | None = None) -> Problem:
-        return Problem(what, fix, self.shown, line_of(self.lines, where))
-
-
 def _locate(source: str | Path, base: Path | None = None) -> tuple[Path, str]:
     """File and the name to show for it; `base` is the folder of the policy that asks."""
     text = str(source)
@@ -142,12 +127,12 @@ def _near_file(path: Path) -> str | None:
     return f"{did_you_mean(path.name if found else path.stem, names)}" if names else None
 
 
-def _chain(source: str | Path) -> list[_Document]:
+def _chain(source: str | Path) -> list[Document]:
     """The files `source` is built from, parents first, each once."""
-    documents: dict[Path, _Document] = {}
+    documents: dict[Path, Document] = {}
     problems: list[Problem] = []
 
-    def visit(document: _Document, asked_by: tuple[_Document, ...]) -> None:
+    def visit(document: Document, asked_by: tuple[Document, ...]) -> None:
         trail = (*asked_by, document)
         for parent in _parents(document):
             try:
@@ -171,7 +156,7 @@ def _chain(source: str | Path) -> list[_Document]:
     return list(documents.values())
 
 
-def _parents(document: _Document) -> list[str]:
+def _parents(document: Document) -> list[str]:
     extends = document.data.get("extends", [])
     parents = [extends] if isinstance(extends, str) else extends
     if not isinstance(parents, list) or not all(isinstance(parent, str) and parent for parent in parents):
@@ -182,7 +167,7 @@ def _parents(document: _Document) -> list[str]:
     return parents
 
 
-def _parse(path: Path, shown: str) -> _Document:
+def _parse(path: Path, shown: str) -> Document:
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -197,7 +182,7 @@ def _parse(path: Path, shown: str) -> _Document:
             Problem(f"byte 0x{raw[error.start]:02x} is not UTF-8", "save it as UTF-8", shown, line)
         ) from None
     try:
-        return _Document(path, shown, tomli.loads(text), key_lines(text))
+        return Document(path, shown, tomli.loads(text), key_lines(text))
     except tomli.TOMLDecodeError as error:
         raise PolicyError(Problem(f"not TOML: {error.msg}", _toml_advice(error), shown, error.lineno)) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in thousands
@@ -215,7 +200,7 @@ def _toml_advice(error: tomli.TOMLDecodeError) -> str | None:
     return None
 
 
-def _read(documents: list[_Document], given: Mapping[str, Any]) -> Policy:
+def _read(documents: list[Document], given: Mapping[str, Any]) -> Policy:
     problems: list[Problem] = []
     knobs = _merged_knobs(documents, problems)
     last = documents[-1]
@@ -223,15 +208,16 @@ def _read(documents: list[_Document], given: Mapping[str, Any]) -> Policy:
     problems.extend(last.problem(("params",), str(error), error.fix) for error in errors)
     declared = {name for document in documents for name in _params(document)}
 
-    files: list[tuple[_Document, PolicyFile]] = []
-    active: _Active = {}
+    files: list[tuple[Document, PolicyFile]] = []
+    active: Active = {}
     for document in documents:
-        data, faults = _with_knobs(document, knobs, values, declared - values.keys(), active)
-        problems.extend(problem for problem in faults.values() if problem)
+        filling = Filling(document, knobs, values, declared - values.keys(), active)
+        data = filling.filled()
+        problems.extend(problem for problem in filling.faults.values() if problem)
         try:
             files.append((document, PolicyFile.model_validate(data)))
         except ValidationError as error:
-            problems.extend(_explained(document, data, error, told=set(faults)))
+            problems.extend(_explained(document, data, error, told=set(filling.faults)))
     problems.extend(_unread_knobs(documents, knobs))
     files = [(document, _with_classes(document, file, active, problems)) for document, file in files]
     problems.extend(
@@ -270,7 +256,7 @@ def _rules_of(file: PolicyFile) -> Iterator[tuple[Where, Rule]]:
         yield from ((("phase", place, "rule", number), rule) for number, rule in enumerate(phase.rule))
 
 
-def _placed(document: _Document, at: Where, rules: Sequence[Rule], active: _Active) -> tuple[PlacedRule, ...]:
+def _placed(document: Document, at: Where, rules: Sequence[Rule], active: Active) -> tuple[PlacedRule, ...]:
     places = [((*at, number), rule) for number, rule in enumerate(rules)]
     return tuple(
         PlacedRule(rule, document.path, document.shown, line_of(document.lines, where), active[document.path, where])
@@ -278,7 +264,7 @@ def _placed(document: _Document, at: Where, rules: Sequence[Rule], active: _Acti
     )
 
 
-def _phases(document: _Document, file: PolicyFile, active: _Active, problems: list[Problem]) -> tuple[PlacedPhase, ...]:
+def _phases(document: Document, file: PolicyFile, active: Active, problems: list[Problem]) -> tuple[PlacedPhase, ...]:
     """The phases that are on. Ends told in one unit must come one after the other; the others wait for the run."""
     on = [place for place in range(len(file.phase)) if active[document.path, ("phase", place)]]
     latest: dict[str, float] = {}
@@ -305,13 +291,13 @@ def _phases(document: _Document, file: PolicyFile, active: _Active, problems: li
     )
 
 
-def _source_of(files: list[tuple[_Document, PolicyFile]], key: str) -> str:
+def _source_of(files: list[tuple[Document, PolicyFile]], key: str) -> str:
     """Where the last file that speaks of `key` does so, else the policy's first line."""
     document = next((document for document, _ in reversed(files) if key in document.data), files[-1][0])
     return f"{document.shown}:{line_of(document.lines, (key,))}"
 
 
-def _merged_section(files: list[tuple[_Document, PolicyFile]], key: str) -> dict[str, Any]:
+def _merged_section(files: list[tuple[Document, PolicyFile]], key: str) -> dict[str, Any]:
     """A section's keys, later files over earlier ones."""
     merged: dict[str, Any] = {}
     for _, file in files:
@@ -320,7 +306,7 @@ def _merged_section(files: list[tuple[_Document, PolicyFile]], key: str) -> dict
     return merged
 
 
-def _merged_optimizer(files: list[tuple[_Document, PolicyFile]]) -> dict[str, Any]:
+def _merged_optimizer(files: list[tuple[Document, PolicyFile]]) -> dict[str, Any]:
     """As `_merged_section`, but another optimizer does not inherit the former one's own options."""
     merged: dict[str, Any] = {}
     for _, file in files:
@@ -333,7 +319,7 @@ def _merged_optimizer(files: list[tuple[_Document, PolicyFile]]) -> dict[str, An
     return merged
 
 
-def _merged_knobs(documents: list[_Document], problems: list[Problem]) -> dict[str, Knob]:
+def _merged_knobs(documents: list[Document], problems: list[Problem]) -> dict[str, Knob]:
     """All knobs; a later file may change parts of an earlier one's knob, such as its default."""
     merged: dict[str, dict[str, Any]] = {}
     knobs: dict[str, Knob] = {}
@@ -356,92 +342,12 @@ def _merged_knobs(documents: list[_Document], problems: list[Problem]) -> dict[s
     return knobs
 
 
-def _params(document: _Document) -> dict[str, Any]:
+def _params(document: Document) -> dict[str, Any]:
     params = document.data.get("params")
     return params if isinstance(params, dict) else {}
 
 
-def _with_knobs(
-    document: _Document,
-    knobs: Mapping[str, Knob],
-    values: Mapping[str, KnobValue],
-    unknown: AbstractSet[str],
-    active: _Active,
-) -> tuple[dict[str, Any], dict[Where, Problem | None]]:
-    """The document with knobs put in and without its `params`, and faults by key; notes which rules are on.
-
-    `unknown` are knobs with a fault of their own: what reads them is passed over, its fault being None.
-    """
-    data = {key: value for key, value in document.data.items() if key != "params"}
-    faults: dict[Where, Problem | None] = {}
-
-    def put_in(where: Where, value: Any) -> Any:
-        if references(value) & unknown:
-            faults[where] = None
-            return value
-        try:
-            return substitute(value, values)
-        except KnobError as error:
-            faults[where] = document.problem(where, str(error), error.fix)
-            return value
-
-    def switched(where: Where, table: dict[str, Any]) -> bool:
-        condition = table.get("when")
-        on = True
-        if isinstance(condition, str) and not references(condition) & unknown:
-            try:
-                on = is_on(condition, knobs, values)
-            except KnobError as error:
-                at = (*where, "when")
-                faults[at] = document.problem(at, str(error), error.fix)
-        active[document.path, where] = on
-        return on
-
-    def rule_with(where: Where, rule: dict[str, Any], above: bool) -> dict[str, Any]:
-        on = active[document.path, where] = switched(where, rule) and above
-        return {
-            key: value if key == "when" else put_in((*where, key), value)
-            for key, value in rule.items()
-            if on or key not in SETTINGS or not references(value)  # off: its knobs need make no sense
-        }
-
-    def phase_with(where: Where, phase: dict[str, Any]) -> dict[str, Any]:
-        on = switched(where, phase)
-        made = {
-            key: value if key in ("when", "rule") else put_in((*where, key), value)
-            for key, value in phase.items()
-            if on or key in ("when", "rule") or not references(value)
-        }
-        return made | tables(made, (*where, "rule"), lambda at, rule: rule_with(at, rule, on))
-
-    def tables(
-        within: dict[str, Any], where: Where, change: Callable[[Where, dict[str, Any]], dict[str, Any]]
-    ) -> dict[str, Any]:
-        """The list of tables at the end of `where`, each changed; empty where it is none, which is a fault."""
-        key, path = str(where[-1]), ".".join(part for part in where if isinstance(part, str))
-        found = within.get(key, [])
-        if isinstance(found, dict):
-            what = f"[{path}] is one table, {key}s are a list"
-            faults[where] = document.problem(where, what, f"write [[{path}]]")
-            return {key: []}
-        if not isinstance(found, list):
-            return {}
-        if not all(isinstance(table, dict) for table in found):
-            faults[where] = document.problem(where, f"a {key} is a table", f"write [[{path}]]")
-            return {key: []}
-        return {key: [change((*where, number), table) for number, table in enumerate(found)]} if found else {}
-
-    data |= tables(data, ("rule",), lambda where, rule: rule_with(where, rule, True))
-    data |= tables(data, ("phase",), phase_with)
-    for section in ("optimizer", "schedule"):
-        if isinstance(data.get(section), dict):
-            data[section] = {key: put_in((section, key), value) for key, value in data[section].items()}
-    if "default" in data:
-        data["default"] = put_in(("default",), data["default"])
-    return data, faults
-
-
-def _with_classes(document: _Document, file: PolicyFile, active: _Active, problems: list[Problem]) -> PolicyFile:
+def _with_classes(document: Document, file: PolicyFile, active: Active, problems: list[Problem]) -> PolicyFile:
     """The file with the classes that its rules read from other files put in.
 
     A path in the policy counts from the policy's folder, one that a knob brings from the user's.
@@ -465,7 +371,7 @@ def _with_classes(document: _Document, file: PolicyFile, active: _Active, proble
     return file.model_copy(update={"rule": tuple(rules)})
 
 
-def _unread_knobs(documents: list[_Document], knobs: Mapping[str, Knob]) -> Iterator[Problem]:
+def _unread_knobs(documents: list[Document], knobs: Mapping[str, Knob]) -> Iterator[Problem]:
     read = references(
         [
             document.data.get(key)
@@ -497,7 +403,7 @@ _TYPES = {
 
 
 def _explained(
-    document: _Document,
+    document: Document,
     data: dict[str, Any],
     error: ValidationError,
     base: Where = (),
@@ -567,7 +473,7 @@ def _model_at(where: Where, model: type[BaseModel]) -> type[BaseModel]:
     return model
 
 
-def _unknown_key(document: _Document, where: Where, known: list[str]) -> Problem:
+def _unknown_key(document: Document, where: Where, known: list[str]) -> Problem:
     synonyms = {
         "learning_rate": "lr",
         "optim": "optimizer",

@@ -83,9 +83,7 @@ class Engine:
         wrapper: Any = nn.parallel.DistributedDataParallel
         wrapper._set_params_and_buffers_to_ignore_for_model(self.module, aside)
         device = self.accelerator.device
-        self.wrapped = wrapper(
-            self.module, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
-        )
+        self.wrapped = wrapper(self.module, device_ids=[device] if device.type == "cuda" else None)
 
     def update(self, batch: Batch, step: int, flags: Callable[[], list[float]]) -> Step:
         """Take step number `step`, from 1, and tell all ranks the `flags` of each. RunError where loss or the first

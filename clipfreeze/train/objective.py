@@ -7,7 +7,9 @@ Labels by position, as in pre-training, push equal captions apart: with class na
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,7 +36,8 @@ def clip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, c
     so that the mean over ranks is the loss of the whole batch, and so are gradients averaged over ranks.
     """
     open_clips = open_clip.ClipLoss(local_loss=True, gather_with_grad=True, rank=rank(), world_size=world_size())
-    per_image, per_text = open_clips.get_logits(image, text, scale, bias)
+    with _without_notice():
+        per_image, per_text = open_clips.get_logits(image, text, scale, bias)
     positives = _positives(concepts).to(per_image.dtype)
     target = positives / positives.sum(1, keepdim=True)
     return (nn.functional.cross_entropy(per_image, target) + nn.functional.cross_entropy(per_text, target)) / 2
@@ -44,7 +47,8 @@ def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None,
     """Each image and each text a yes-or-no question: +1 for positives, -1 for the rest. Arguments as for clip_loss."""
     texts = text
     if world_size() > 1:
-        _, texts = gather_features(image, text, local_loss=True, gather_with_grad=True)
+        with _without_notice():
+            _, texts = gather_features(image, text, local_loss=True, gather_with_grad=True)
     logits = open_clip.loss.SigLipLoss().get_logits(image, texts, scale, bias)
     signs = _positives(concepts).to(logits.dtype) * 2 - 1
     return -nn.functional.logsigmoid(signs * logits).sum() / len(image)
@@ -203,6 +207,14 @@ def _texts_train(applied: Applied) -> bool:
         planned.name in names or planned.role.startswith("text.") or planned.role == "logit_bias"
         for planned in applied.plan.trainable
     )
+
+
+@contextmanager
+def _without_notice() -> Iterator[None]:
+    """open_clip gathers by a function that newer torch calls deprecated, at every step."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed.nn", FutureWarning)
+        yield
 
 
 def _positives(concepts: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Training from the command line for real: embedded pictures, a table, a folder; what is left, and what it is worth."""
 
 import json
+import os
+import signal
 import sys
 
 import pytest
@@ -39,7 +41,8 @@ def test_train_then_eval_gives_the_same_numbers_and_learns(cli, tmp_path):
     assert "next        clipfreeze eval runs/last_n-1" in out
     folder = tmp_path / "runs" / "last_n-1"
     assert {file.name for file in folder.iterdir()} == {
-        "metrics.jsonl", "plan.json", "results.json", "run.toml", "weights.safetensors"}  # fmt: skip
+        *("checkpoints", "metrics.jsonl", "plan.json", "results.json", "run.log", "run.toml", "weights.safetensors"),
+    }
     result = json.loads((folder / "results.json").read_text())
     top5 = {when: result[when]["target"]["scores"]["top5"]["value"] for when in ("before", "after")}
     assert top5["after"] > top5["before"]
@@ -193,19 +196,35 @@ def test_a_policy_of_one_s_own_keeps_its_rates_on_the_embedded_model(cli, tmp_pa
 
 
 def test_an_interrupted_run_says_what_is_left(monkeypatch, tmp_path, capsys):
-    from clipfreeze.train import loop
+    from clipfreeze.train.engine import Engine
 
     monkeypatch.chdir(tmp_path)
-    real, steps = loop._Training._update, iter(range(3))
+    real = Engine.update
 
-    def interrupted(*arguments):
-        if next(steps) == 2:
-            raise KeyboardInterrupt
-        return real(*arguments)
+    def interrupted(engine, batch, step, flags):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(engine, batch, step, flags)
 
-    monkeypatch.setattr(loop._Training, "_update", interrupted)
-    monkeypatch.setattr(sys, "argv", ["clipfreeze", "train", "logit_scale", "--batch-size", "504"])
+    monkeypatch.setattr(Engine, "update", interrupted)
+    monkeypatch.setattr(sys, "argv", ["clipfreeze", "train", "logit_scale", "--batch-size", "504", "--epochs", "2"])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 130
-    assert "stopped after step 2 of 20: runs/logit_scale-1 holds the weights of epoch 1" in capsys.readouterr().err
+    said = (
+        "stopped by SIGINT after step 2 of 4: step 2 is saved, go on with clipfreeze train --resume runs/logit_scale-1"
+    )
+    assert said in capsys.readouterr().err
+    monkeypatch.setattr(Engine, "update", real)
+    for wrong, words in (
+        (["logit_scale", "--epochs", "3"], "it takes no epochs, policy"),
+        ([], "clipfreeze eval runs/logit_scale-1"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["clipfreeze", "train", *wrong, "--resume", "runs/logit_scale-1"])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        printed = capsys.readouterr()
+        assert stop.value.code == (2 if wrong else 0)
+        assert words in printed.out + printed.err
+    lines = (tmp_path / "runs" / "logit_scale-1" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]

@@ -107,7 +107,7 @@ def test_law_9_resuming_at_any_step_is_the_uninterrupted_run(optimizer, phases, 
         assert resumed.applied.phase == straight.applied.phase
 
 
-@pytest.mark.parametrize("first", ["optimizer", "scheduler"])
+@pytest.mark.parametrize("first", ["optimizer", "scheduler", "optimizer before the scheduler is made"])
 def test_b55_the_order_of_loading_does_not_matter(first, tmp_path):
     text = RULES + PHASES + "[optimizer]\nname = 'adamw'\n"
     straight = Run(text, tmp_path)
@@ -119,6 +119,8 @@ def test_b55_the_order_of_loading_does_not_matter(first, tmp_path):
     if first == "scheduler":
         resumed.scheduler.load_state_dict(json.loads(kept["scheduler"]))
     resumed.applied.load_optimizer_state(resumed.optimizer, state)
+    if "made" in first:
+        resumed.scheduler = resumed.applied.scheduler(resumed.optimizer, STEPS)
     resumed.scheduler.load_state_dict(json.loads(kept["scheduler"]))
     assert resumed.applied.phase == 1
     for run in (straight, resumed):

@@ -63,7 +63,7 @@ def test_a_run_leaves_a_folder_that_gives_the_same_numbers(
     assert result.after["target"].kind == kind
     assert result.after["target"].images == 2
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        *("metrics.jsonl", "plan.json", "results.json", "run.toml", "weights.safetensors"),
+        *("checkpoints", "metrics.jsonl", "plan.json", "results.json", "run.log", "run.toml", "weights.safetensors"),
     ]
     assert read_spec(tmp_path / "run") == spec
     assert eval_run(tmp_path / "run") == result.after

@@ -1,0 +1,131 @@
+"""What each rank of a test runs: torchrun ... ranked.py TASK FOLDER; rank 0 leaves what it found in FOLDER."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+import clipfreeze
+from clipfreeze.changes import Applied
+from clipfreeze.train.checkpoints import CHECKPOINTS, read_checkpoint
+from clipfreeze.train.distributed import everyones, rank, world_size
+from clipfreeze.train.engine import Engine, make_accelerator
+from clipfreeze.train.loop import Result, fit
+from clipfreeze.train.objective import Contrastive
+from clipfreeze.train.settings import training_settings
+
+import tiny
+from hand import Words, colour_pairs, transform
+
+PAIRS = replace(colour_pairs(2), templates=("{}", "a {} thing"))
+BATCH = 8
+
+
+def applied(policy: str, family: str = "clip_vit", **knobs: Any) -> Applied:
+    torch.manual_seed(0)
+    model = tiny.FAMILIES[family]()
+    torch.manual_seed(1)
+    found: Applied = clipfreeze.apply(clipfreeze.resolve(clipfreeze.load_policy(policy, **knobs), model), model)
+    return found
+
+
+def batch_of(model: Any, size: int = BATCH) -> dict[str, Tensor]:
+    """The same on all ranks; two pairs say the same, and with two ranks or more they are on different ones."""
+    images, tokens = tiny.images(model), tiny.tokens(model)
+    images = torch.cat([images, images.flip(0) * 0.5])[:size]
+    concepts = torch.arange(size)
+    concepts[-1] = 0
+    return {"image": images, "text": torch.cat([tokens, tokens.flip(1)])[:size], "concepts": concepts}
+
+
+def gradients(family: str, policy: str, micro_batch: int | None) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of one batch that all ranks share."""
+    of = applied(policy, family)
+    accelerator = make_accelerator()
+    optimizer = of.optimizer()
+    scheduler = of.scheduler(optimizer, 10)
+    module = Contrastive(of.model).eval()
+    kept: dict[str, Tensor] = {}
+
+    def keep(*_: Any) -> None:
+        kept.update({name: p.grad.clone() for name, p in of.trainable().items() if p.grad is not None})
+
+    optimizer.register_step_pre_hook(keep)
+    settings = training_settings(micro_batch=micro_batch)
+    engine = Engine(of, module, accelerator, accelerator.prepare_optimizer(optimizer), scheduler, settings)
+    own = {name: value.chunk(world_size())[rank()] for name, value in batch_of(of.model).items()}
+    engine.wrap(own)
+    taken = engine.update(own, 1, lambda: [float(rank())])
+    assert taken.flags == [sum(range(world_size()))]
+    weights = {name: p.detach().clone() for name, p in of.trainable().items()}
+    for other in everyones(weights):
+        assert all(torch.equal(other[name], weights[name]) for name in weights), "ranks drifted apart"
+    return taken.loss, kept
+
+
+def task_gradients(folder: Path) -> None:
+    for family in ("clip_vit", "siglip", "coca"):
+        for policy in ("full", "logit_scale"):
+            for micro_batch in (None, 1):
+                loss, kept = gradients(family, policy, micro_batch)
+                if rank() == 0:
+                    name = f"{family} {policy} {micro_batch}"
+                    torch.save({"loss": loss, "gradients": kept}, folder / f"{name} {world_size()}.pt")
+
+
+def training(folder: Path, policy: str, **settings: Any) -> Result:
+    of = applied(policy, **settings.pop("knobs", {}))
+    resume = read_checkpoint(folder) if (folder / CHECKPOINTS).exists() else None
+    if resume is not None:
+        of.remove()
+        torch.manual_seed(0)
+        of = clipfreeze.load(resume.path, tiny.FAMILIES["clip_vit"]())
+    folder.mkdir(exist_ok=True)
+    values: dict[str, Any] = {"epochs": 2, "batch_size": 4, "evaluate_every": "2 steps", "keep": 9} | settings
+    result = fit(
+        of,
+        settings.pop("pairs", PAIRS),
+        {"target": colour_pairs(1, labelled=True), "pairs": colour_pairs()},
+        tokenizer=Words(),
+        transform=transform(),
+        train_transform=transform(train=True),
+        folder=folder,
+        resume=resume,
+        **{name: value for name, value in values.items() if name != "pairs"},
+    )
+    weights = {name: p.detach().clone() for name, p in of.trainable().items()}
+    for other in everyones(weights):
+        assert all(torch.equal(other[name], weights[name]) for name in weights), "ranks drifted apart"
+    return result
+
+
+def task_training(folder: Path) -> None:
+    """Policies with phases, with frozen towers, with what gets no gradient; and one broken picture."""
+    name = f"{world_size()}"
+    training(folder / f"full {name}", "full", ema=0.9)
+    training(folder / f"lp_ft {name}", "lp_ft", knobs={"probe": "50%"})
+    training(folder / f"micro {name}", "text_only", micro_batch=1)
+    broken = replace(PAIRS, pairs=(replace(PAIRS.pairs[0], image=b"no picture"), *PAIRS.pairs[1:]))
+    result = training(folder / f"broken {name}", "projections", pairs=broken)
+    told = everyones(result.broken)
+    assert all(names == told[0] for names in told)
+    if rank() == 0:
+        (folder / f"broken {name}.json").write_text(json.dumps(result.broken))
+
+
+def task_resume(folder: Path) -> None:
+    """Go on with what FOLDER holds."""
+    training(folder / "run", "full")
+
+
+if __name__ == "__main__":
+    make_accelerator()
+    globals()[f"task_{sys.argv[1]}"](Path(sys.argv[2]))
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
