@@ -27,7 +27,7 @@ def read_data(source: str | Path, layout: TableFormat | None = None) -> PairSet:
     if is_hub(str(source)):
         return read_hub(str(source), layout, FOLDER_TEMPLATES)
     path = Path(source)
-    if is_stream(str(source)) and not path.exists():
+    if is_stream(str(source)):
         what = f"shards by URL are a stream, which can be trained on and not measured, split or looked over: {source}"
         raise DataError(what, "give local shards; for a stream in training also other data to measure on: --val")
     if not str(source).strip():

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tomli
 from pydantic import Field, ValidationError
@@ -36,11 +36,16 @@ class RunSpec(TrainingSettings):
     params: dict[str, bool | int | float | str] = Field({}, description="the policy's knobs that were set")
     model: str = Field("demo", description="what `clipfreeze.models.load` takes; demo is the embedded model")
     pretrained: str | None = Field(None, description="a tag or a checkpoint file")
-    data: str | None = Field(None, description="a table, folder, shards or hf:NAME; null: the embedded pictures")
+    data: str | None = Field(
+        None, description="a table, folder, shards, stream or hf:NAME; null: the embedded pictures"
+    )
     val: str | None = Field(
         None, description='to evaluate on: likewise, "5%" of the data, or the name of a part of them; null: the part '
         "that the data call so, else a tenth"
     )  # fmt: skip
+    samples_per_epoch: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="pairs of a stream that count as an epoch"
+    )
     retain: str | None = Field(None, description="data that the model shall go on to know, measured too")
     table: TableFormat = TableFormat()
     version: str = Field(default_factory=installed_version, description="of clipfreeze")

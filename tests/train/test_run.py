@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import clipfreeze
 from clipfreeze import demo, models
@@ -16,20 +15,12 @@ from clipfreeze.plan.value import Plan
 from clipfreeze.train.runs import eval_run, run_data, run_policy, train_run
 from clipfreeze.train.spec import RunSpec, read_spec
 
-import tiny
-from hand import COLOURS, coloured
+from hand import COLOURS, coloured, save_tiny
 
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder that `local-dir:` takes, with a vocabulary for open_clip's own tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    config = {"embed_dim": 16, "vision_cfg": tiny.VISION, "text_cfg": {**tiny.TEXT, "vocab_size": 49408}}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    torch.manual_seed(0)
-    model = tiny.clip_vit(text={"vocab_size": 49408})
-    save_file(dict(model.state_dict()), folder / "open_clip_model.safetensors")
-    return f"local-dir:{folder}"
+    return save_tiny(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
