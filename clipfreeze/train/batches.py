@@ -222,12 +222,12 @@ class TrainingLoader:
 
 def check_batch(name: str, size: int, batch_size: int, world: int = 1) -> None:
     """DataError unless a batch has something to tell apart and the data fill one of all ranks."""
-    if batch_size < 2:
-        raise DataError(f"a batch of {batch_size} has nothing to tell apart", "--batch-size 2 or more")
-    if size < batch_size * world:
-        ranks = f" on each of {world} ranks" if world > 1 else ""
-        what = f"a batch of {batch_size}{ranks} is larger than the data: {name} has {size} pictures"
-        raise DataError(what, f"--batch-size {size // world} or less" if size // world > 1 else "give more pictures")
+    whole = batch_size * world
+    if whole < 2:
+        raise DataError(f"a batch of {whole} has nothing to tell apart", "--batch-size 2 or more")
+    if size < whole:
+        what = f"a batch of {whole} is larger than the data: {name} has {size} pictures"
+        raise DataError(what, f"--batch-size {size} or less" if size > 1 else "give more pictures")
 
 
 class EvaluationLoader:

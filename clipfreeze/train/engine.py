@@ -62,6 +62,7 @@ class Engine:
     reached: set[str] = field(default_factory=set)  # names that had a gradient in the first step
     notes: list[str] = field(default_factory=list)
     skipped: int = 0
+    unproved: bool = True  # whether what trains now gets its gradients
     last_good: Path | None = None  # checkpoint
     wrapped: nn.Module = field(init=False)
 
@@ -73,6 +74,7 @@ class Engine:
 
         Again whenever another set of parameters trains: it looks at requires_grad once.
         """
+        self.unproved = True
         if world_size() == 1:
             return
         trained = self._trained()
@@ -100,8 +102,9 @@ class Engine:
         total, *told = summed([loss.item(), *flags()], loss.device)
         taken = Step(total / world_size(), told)
         self._check_loss(taken.loss, step)
-        if step == 1 and math.isfinite(taken.loss) and self.accelerator.scaler is None:
+        if self.unproved and math.isfinite(taken.loss) and self.accelerator.scaler is None:
             self.notes += gradient_notes(self.applied)
+            self.unproved = False
         self.reached |= {name for name, p in self._trained().items() if p.grad is not None}
         if self.settings.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self._trained().values(), self.settings.clip_grad)
@@ -150,7 +153,7 @@ class Engine:
 
 
 def gradient_notes(applied: Applied) -> list[str]:
-    """Which trained parameters the loss does not reach; RunError when a gradient is not finite."""
+    """Which of the parameters that train now the loss does not reach; RunError when a gradient is not finite."""
     gradients = {name: p.grad for name, p in applied.training().items()}
     if bad := [name for name, grad in gradients.items() if grad is not None and not grad.isfinite().all()]:
         raise RunError(f"no finite gradient in the first step: {few(bad)}", "look for nan or inf in the weights")

@@ -448,6 +448,8 @@ class Run:
             self.kept_step, path = state["kept_step"], checkpoint_path(self.folder, state["kept_step"])
             averages = _below("average/", read_tensors(path))
             self.kept = averages or read_weights(path / WEIGHTS)[0]
+            if self.floor is not None:
+                self.floor.kept = self.kept_step
         if self.folder is not None and rank() == 0:
             cut_metrics(self.folder, self.step)
             self.engine.last_good = saved.path

@@ -11,11 +11,13 @@ from clipfreeze.train.objective import Training
 
 
 def warmup_notes(applied: Applied, total_steps: int, steps_per_epoch: int) -> list[str]:
-    """A warmup that is never over."""
+    """A warmup that is never over, after the steps at lr 0 before it."""
     warmup = applied.plan.schedule.warmup_span.steps(total_steps, steps_per_epoch)
-    if warmup < total_steps:
+    first = applied.plan.optimizer.warm_start_span.steps(total_steps, steps_per_epoch)
+    if first + warmup < total_steps:
         return []
-    return [f"the warmup of {warmup} steps is as long as the run of {total_steps}: shorten it"]
+    before = f" after {first} steps at lr 0" if first else ""
+    return [f"the warmup of {warmup} steps{before} is as long as the run of {total_steps}: shorten it"]
 
 
 def collapse_notes(module: Training, loss: float, batch_size: int) -> list[str]:

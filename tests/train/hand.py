@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clipfreeze.policy.schema import Schedule
+from clipfreeze.policy.schema import Optimizer, Schedule
 from clipfreeze.train.pairs import Pair, PairSet
 
 import tiny
@@ -94,7 +94,9 @@ class ByHand:
     phase: None = None
 
     def __post_init__(self) -> None:
-        self.plan = SimpleNamespace(schedule=Schedule(name="constant", warmup=self.warmup), sites=())
+        self.plan = SimpleNamespace(
+            schedule=Schedule(name="constant", warmup=self.warmup), optimizer=Optimizer(), sites=()
+        )
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not self.names or name in self.names)
 

@@ -87,7 +87,7 @@ def training(folder: Path, policy: str, **settings: Any) -> Result:
         torch.manual_seed(0)
         of = clipfreeze.load(resume.path, tiny.FAMILIES["clip_vit"]())
     folder.mkdir(exist_ok=True)
-    values: dict[str, Any] = {"epochs": 2, "batch_size": 4, "evaluate_every": "2 steps", "keep": 9} | settings
+    values: dict[str, Any] = {"epochs": 4, "batch_size": 8, "evaluate_every": "2 steps", "keep": 9} | settings
     result = fit(
         of,
         settings.pop("pairs", PAIRS),

@@ -101,5 +101,5 @@ def test_the_command_line_runs_under_torchrun_and_prints_once(tmp_path: Path) ->
 
 def test_a_batch_that_ranks_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("clipfreeze.train.loop.world_size", lambda: 3)
-    with pytest.raises(ranked.clipfreeze.ClipfreezeError, match="a batch of 4 does not divide by 3 ranks"):
+    with pytest.raises(ranked.clipfreeze.ClipfreezeError, match="a batch of 8 does not divide by 3 ranks"):
         ranked.training(tmp_path / "run", "full")
