@@ -52,10 +52,15 @@ def stream_parts(
 ) -> tuple[PairStream, PairSet]:
     """A stream to train on, and other data to measure on: nothing of a stream can be held out."""
     stream = read_stream(urls, samples_per_epoch or 0, layout)
-    if val is None or _SHARE.fullmatch(val.strip()):
+    if val is None or is_share(val):
         what = f"{urls} is a stream, of which nothing can be held out" + (f": --val {val}" if val else "")
         raise DataError(what, "give other data to measure on: --val PATH")
     return stream, _measuring_part(read_data(val, layout))
+
+
+def is_share(val: str) -> bool:
+    """Whether it is a share, like "5%"."""
+    return _SHARE.fullmatch(val.strip()) is not None
 
 
 def part_names(pairs: PairSet) -> list[str]:

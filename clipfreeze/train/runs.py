@@ -33,7 +33,7 @@ from clipfreeze.train.folder import RESULTS, run_folder
 from clipfreeze.train.frontier import start_values
 from clipfreeze.train.loop import Callback, Result, fit
 from clipfreeze.train.pairs import PairSet
-from clipfreeze.train.parts import read_parts, stream_parts
+from clipfreeze.train.parts import part_names, read_parts, stream_parts
 from clipfreeze.train.shards import is_stream
 from clipfreeze.train.sources import demo_pairs, read_data
 from clipfreeze.train.spec import RunSpec, installed_version, read_spec, repeatable, write_spec
@@ -43,8 +43,8 @@ from clipfreeze.train.tuned import measure_tuned, unknown_notes
 
 log = logging.getLogger(__name__)
 
-RETAINED, FORGOTTEN = "retained", "forgotten"
-"""Names of the sets that a model shall go on to know: the user's, and the embedded model's."""
+TARGET, RETAINED, FORGOTTEN = "target", "retained", "forgotten"
+"""Names of the sets: the goal, and those that a model shall go on to know: the user's, and the embedded model's."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ def run_data(spec: RunSpec, sites: Sequence[Site] = ()) -> RunData:
     retained = {RETAINED: read_data(spec.retain, spec.table)} if spec.retain is not None else {}
     if spec.data is not None:
         train, held_out = _parts(spec.data, spec)
-        return RunData(train, {"target": held_out} | retained | forgotten)
+        return RunData(train, {TARGET: held_out} | retained | forgotten)
     for option, value in (("--val", spec.val), ("--samples-per-epoch", spec.samples_per_epoch)):
         if value is not None:
             raise DataError(f"{option} without --data", "give both: the embedded pictures have their own test split")
     pictures = demo_pairs(demo.TARGET_STYLE, "train")
     goal = other_drawings(pictures) if is_closed(sites) else demo_pairs(demo.TARGET_STYLE, "test")
-    return RunData(pictures, {"target": goal} | retained | forgotten)
+    return RunData(pictures, {TARGET: goal} | retained | forgotten)
 
 
 def _parts(data: str, spec: RunSpec) -> tuple[TrainingData, PairSet]:
@@ -107,7 +107,8 @@ def train_run(spec: RunSpec, plan: Plan, out: Path | None = None, callbacks: Seq
         log.warning("%d files in %s are no pictures of pairs: left out%s", data.train.ignored, spec.data, named)
     with _run_folder(out, plan.policy.name) as folder:
         if rank() == 0:
-            write_spec(repeatable(spec), folder)
+            parts = part_names(data.tests[TARGET]) if isinstance(data.train, PairSet) else ()
+            write_spec(repeatable(spec, parts), folder)
         loaded = _model(spec, device)
         applied = changes.apply(plan, loaded.model, tokenizer=loaded.tokenizer)
         return _fit(spec, applied, loaded, data, folder, None, callbacks)

@@ -56,6 +56,11 @@ def is_stream(source: str) -> bool:
     return True
 
 
+def is_pattern(source: str) -> bool:
+    """Whether a name may stand for several: braces, or a glob."""
+    return bool(set(source) & set("{*?["))
+
+
 def shard_paths(pattern: str) -> list[Path]:
     """The files that braces ("{00000..00099}.tar") or a glob name, in order. DataError for those that are not there."""
     try:

@@ -100,6 +100,16 @@ def test_a_run_says_so_when_its_stream_goes_on_in_another_order(tmp_path: Path, 
     assert any("another order" in note for note in resume_run(tmp_path / "run").notes)
 
 
+def test_a_run_on_a_stream_goes_on_from_another_folder(
+    tmp_path: Path, shards: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shards)
+    with pytest.raises(InterruptedRunError):
+        train(spec_of(shards, tiny_model, data="file:{00000..00003}.tar", val="val.tar"), tmp_path / "run", stop=2)
+    monkeypatch.chdir(tmp_path)
+    assert resume_run(tmp_path / "run").broken == ()
+
+
 def test_another_stream_is_refused(tmp_path: Path, shards: Path, tiny_model: str) -> None:
     with pytest.raises(InterruptedRunError):
         train(spec_of(shards, tiny_model), tmp_path / "run", stop=1)
