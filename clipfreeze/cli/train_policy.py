@@ -38,7 +38,7 @@ def run(
         typer.Option(
             metavar="PATH",
             help="CSV, TSV, JSONL or Parquet of image paths and captions; a folder with a subfolder a class or with "
-            "metadata.csv; shards ({00..99}.tar); hf:NAME[:SPLIT]",
+            "metadata.csv; shards ({00..99}.tar); hf:NAME[:SPLIT]; a stream of shards (pipe:COMMAND, https:...)",
         ),
     ] = None,
     val: Annotated[
@@ -48,6 +48,9 @@ def run(
             help='to evaluate on: other data, "5%" of the data, or the name of a part of them; without it the part '
             "that they call so, else a tenth",
         ),
+    ] = None,
+    samples_per_epoch: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="pairs of a stream that count as an epoch")
     ] = None,
     retain: Annotated[
         str | None, typer.Option(metavar="PATH", help="data that the model shall go on to know, measured too")
@@ -119,6 +122,7 @@ def run(
         pretrained=pretrained,
         data=data,
         val=val,
+        samples_per_epoch=samples_per_epoch,
         retain=retain,
         table={
             "image_column": image_column,

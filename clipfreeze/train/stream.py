@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 
 from braceexpand import braceexpand
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -28,7 +28,7 @@ from clipfreeze.train.batches import (
 )
 from clipfreeze.train.broken import reason
 from clipfreeze.train.columns import TableFormat
-from clipfreeze.train.pairs import LeftOut, Pair
+from clipfreeze.train.pairs import LeftOut, Pair, PairSet
 from clipfreeze.train.pictures import open_image
 from clipfreeze.train.shard_samples import captions_of, image_key
 from clipfreeze.train.shards import URL
@@ -49,9 +49,13 @@ class PairStream:
     encoding: str = "utf-8"
     templates: tuple[str, ...] = ("{}",)
     buffer: int = 1000  # samples, still encoded, that a worker draws from
+    class_names: ClassVar[tuple[str, ...]] = ()  # nobody knows what all its captions are
 
     def __len__(self) -> int:
         return self.samples_per_epoch
+
+
+TrainingData = PairSet | PairStream
 
 
 def read_stream(urls: str, samples_per_epoch: int, layout: TableFormat | None = None) -> PairStream:

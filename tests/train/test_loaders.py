@@ -20,6 +20,7 @@ from clipfreeze.train.broken import Broken
 from clipfreeze.train.pairs import Pair, PairSet
 from clipfreeze.train.pictures import open_image
 from clipfreeze.train.sources import read_data
+from clipfreeze.train.together import Shard
 
 import tiny
 from hand import Words, colour_pairs, coloured, transform
@@ -189,9 +190,9 @@ def test_evaluation_sees_every_picture_once_but_the_broken(tmp_path: Path, world
     seen: dict[int, torch.Tensor] = {}
     broken = Broken(len(pairs))
     for rank in range(world):
-        batches = EvaluationLoader(
-            pairs, transform(), batch_size=2, num_workers=num_workers, rank=rank, world=world
-        ).batches(broken)
+        rows = Shard(rank, world).rows(len(pairs), 2)
+        loader = EvaluationLoader(pairs, transform(), batch_size=2, num_workers=num_workers, rows=rows)
+        batches = loader.batches(broken)
         for positions, images in batches:
             assert len(positions) == len(images) <= 2
             assert not set(positions.tolist()) & set(seen)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import clipfreeze
 from clipfreeze import demo, models
@@ -15,21 +15,14 @@ from clipfreeze.errors import ClipfreezeError, DataError
 from clipfreeze.plan.value import Plan
 from clipfreeze.train.runs import eval_run, run_data, run_policy, train_run
 from clipfreeze.train.spec import RunSpec, read_spec
+from clipfreeze.train.table import TableFormat
 
-import tiny
-from hand import COLOURS, coloured
+from hand import COLOURS, coloured, save_tiny
 
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder that `local-dir:` takes, with a vocabulary for open_clip's own tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    config = {"embed_dim": 16, "vision_cfg": tiny.VISION, "text_cfg": {**tiny.TEXT, "vocab_size": 49408}}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    torch.manual_seed(0)
-    model = tiny.clip_vit(text={"vocab_size": 49408})
-    save_file(dict(model.state_dict()), folder / "open_clip_model.safetensors")
-    return f"local-dir:{folder}"
+    return save_tiny(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +101,27 @@ def test_the_same_spec_gives_the_same_weights(tmp_path: Path, tiny_model: str, p
         weights.append(load_file(tmp_path / name / "weights.safetensors"))
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_run_repeats_from_another_folder(
+    tmp_path: Path, tiny_model: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the working folder has a folder of the name of a part."""
+    (tmp_path / "data" / "test").mkdir(parents=True)
+    rows = [f"{colour}/{n}.png,{colour},{'test' if n else 'train'}" for colour in COLOURS for n in range(2)]
+    (tmp_path / "data" / "pairs.csv").write_text("\n".join(["image,caption,split", *rows]))
+    monkeypatch.chdir(tmp_path / "data")
+    root = os.path.relpath(pictures / "classes")
+    spec = RunSpec(policy="full", model=tiny_model, data="pairs.csv", val="test", epochs=1, batch_size=4)
+    spec = spec.model_copy(update={"table": TableFormat(image_root=root)})
+    result = train_run(spec, planned(spec), tmp_path / "one")
+    monkeypatch.chdir(tmp_path)
+    assert eval_run(tmp_path / "one") == result.after
+    again = read_spec(tmp_path / "one")
+    assert train_run(again, planned(again), tmp_path / "two").after == result.after
+    assert read_spec(tmp_path / "two") == again
+    one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize(
