@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clipfreeze.errors import DataError, InterruptedRunError
 from clipfreeze.optim.state import OptimizerState
+from clipfreeze.plan.sites import HeadSite, PromptSite
 from clipfreeze.policy.span import parse_span
 from clipfreeze.stored import WEIGHTS, read_weights
 from clipfreeze.train.auto_batch import largest_batch
@@ -62,6 +63,7 @@ class Result:
     broken: tuple[str, ...]  # pictures that could not be read
     notes: tuple[str, ...]
     folder: Path | None
+    interpolates: bool  # whether there are models between the start and these weights
 
 
 class Callback:
@@ -332,7 +334,7 @@ class Run:
         if not above and self.floor is not None:
             if self.settings.on_floor == "stop" and self.best is None:
                 self.kept = None
-            self.notes += self.floor.notes()
+            self._tell(self.floor.notes())
             self.reason = "the retained set fell below its floor"
         elif self.best is not None and self.settings.patience is not None and self.best.since >= self.settings.patience:
             self.reason = f"no better {self.best.score} on {self.best.of} in {self.best.since} evaluations"
@@ -493,6 +495,8 @@ class Run:
             broken=self.broken.names,
             notes=tuple(self.notes),
             folder=self.folder,
+            interpolates=(self.kept is None or self.kept_step > 0)
+            and not any(isinstance(site, (PromptSite, HeadSite)) for site in self.applied.plan.sites),
         )
         if self.folder is not None and rank() == 0:
             self.applied.save(self.folder)
