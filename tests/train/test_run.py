@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +14,10 @@ from safetensors.torch import load_file
 
 import clipfreeze
 from clipfreeze import demo, models
-from clipfreeze.errors import ClipfreezeError, DataError
+from clipfreeze.errors import ClipfreezeError, DataError, InterruptedRunError
 from clipfreeze.plan.value import Plan
-from clipfreeze.train.runs import eval_run, run_data, run_policy, train_run
+from clipfreeze.train.loop import Callback, Run
+from clipfreeze.train.runs import eval_run, resume_run, run_data, run_policy, train_run
 from clipfreeze.train.spec import RunSpec, read_spec
 from clipfreeze.train.table import TableFormat
 
@@ -174,3 +178,58 @@ def test_only_the_embedded_model_is_asked_what_it_forgot(tiny_model: str, pictur
     apart = run_data(RunSpec(policy="last_n", data=source, val=str(pictures / "classes"), model=tiny_model))
     assert {name: len(pairs) for name, pairs in apart.tests.items()} == {"target": 24}
     assert len(apart.train) == 24
+
+
+class StopAt(Callback):
+    """As a signal does after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, run: Run, record: Mapping[str, Any]) -> None:
+        if record["step"] == self.step:
+            run.stopping.asked = "SIGTERM"
+
+
+def test_a_run_is_resumed_from_its_folder_alone_and_another_one_is_refused(
+    tmp_path: Path, tiny_model: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tmp_path / "mine.toml"
+    text = 'name = "mine"\n[[rule]]\nmatch = "@projections"\ntrain = true\nlr = 1e-3\n'
+    policy.write_text(text)
+    data = tmp_path / "data"
+    shutil.copytree(pictures / "classes", data)
+    spec = RunSpec(policy=str(policy), model=tiny_model, data=str(data), epochs=2, batch_size=4)
+    straight = train_run(spec, planned(spec), tmp_path / "straight")
+    with pytest.raises(InterruptedRunError, match="go on with clipfreeze train --resume"):
+        train_run(spec, planned(spec), tmp_path / "run", [StopAt(4)])
+    monkeypatch.chdir(tmp_path / "run")
+
+    policy.write_text(text.replace("1e-3", "2e-3"))
+    with pytest.raises(DataError, match=r"visual.proj: lr 0.001 is now 0.002"):
+        resume_run(tmp_path / "run")
+    policy.write_text("# moved down\n\n" + text)  # says the same
+    extra = data / "red" / "another.png"
+    extra.write_bytes(coloured("red", (50, 50)))
+    with pytest.raises(DataError, match="changed since is the training data"):
+        resume_run(tmp_path / "run")
+    extra.unlink()
+    result = resume_run(tmp_path / "run")
+    assert result.after == straight.after
+    assert result.before == straight.before
+    weights = [load_file(tmp_path / name / "weights.safetensors") for name in ("straight", "run")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    with pytest.raises(DataError, match="is finished"):
+        resume_run(tmp_path / "run")
+    with pytest.raises(DataError, match="no run folder"):
+        resume_run(tmp_path)
+
+
+def test_what_is_retained_is_measured_beside_the_goal(tmp_path: Path, tiny_model: str, pictures: Path) -> None:
+    known = str(pictures / "classes")
+    spec = RunSpec(
+        policy="projections", model=tiny_model, data=str(pictures / "pairs.csv"), retain=known, epochs=1, batch_size=4
+    )
+    result = train_run(spec, planned(spec), tmp_path / "run")
+    assert list(result.after) == ["target", "retained"]
+    assert eval_run(tmp_path / "run") == result.after
