@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clipfreeze.policy.schema import Optimizer, Schedule
+from clipfreeze.policy.schema import Anchor, Optimizer, Schedule
 from clipfreeze.train.pairs import Pair, PairSet
 
 import tiny
@@ -95,7 +95,7 @@ class ByHand:
 
     def __post_init__(self) -> None:
         self.plan = SimpleNamespace(
-            schedule=Schedule(name="constant", warmup=self.warmup), optimizer=Optimizer(), sites=()
+            schedule=Schedule(name="constant", warmup=self.warmup), optimizer=Optimizer(), anchor=Anchor(), sites=()
         )
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not self.names or name in self.names)
