@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clipfreeze.errors import DataError, RunError
-from clipfreeze.train.broken import Broken, reason
+from clipfreeze.train.broken import Broken, none_whole, reason
 from clipfreeze.train.pairs import PairSet
 from clipfreeze.train.pictures import open_image
 
@@ -99,7 +99,7 @@ class TrainingSamples(Dataset[Any]):
             if isinstance(image, Tensor):
                 return Sample(image, caption, pair.label, tuple(broken))
             broken.append(reason(image))
-        return DataError(f"{len(broken)} pictures in a row are broken: {broken[-1]}")
+        return none_whole(f"{len(broken)} pictures in a row are broken", broken)
 
 
 class Steps(Sampler[list[Draw]]):

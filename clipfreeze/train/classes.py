@@ -103,6 +103,15 @@ def as_classes(pairs: PairSet, classes: Sequence[str]) -> PairSet | None:
     return relabelled(pairs, [name for label, name in enumerate(classes) if label in seen])
 
 
+def captions_as_classes(pairs: PairSet) -> PairSet:
+    """The distinct captions as classes. DataError where they are no names of classes: most stand there once."""
+    names = classes_of(pairs)
+    if 2 * len(names) > len(pairs):
+        what = f"{len(names)} captions of {len(pairs)} pictures are no class names"
+        raise DataError(f"{pairs.name}: {what}", "objective contrastive, or data with classes")
+    return relabelled(pairs, names)
+
+
 def bare(pairs: Data) -> Data:
     """Without templates: a prompt takes their place."""
     return replace(pairs, templates=("{}",))

@@ -31,6 +31,6 @@ def _of_pairs(pairs: PairSet) -> str:
         elif isinstance(image, Path):
             named = (image.name, image.stat().st_size if image.is_file() else None)
         else:
-            named = image
+            named = image.identity()
         digest.update(repr((named, pair.captions, pair.label)).encode())
     return digest.hexdigest()

@@ -26,6 +26,7 @@ from clipfreeze.train.broken import Broken
 from clipfreeze.train.calibration import Bin
 from clipfreeze.train.checkpoints import Saved, checkpoint_path, keep_checkpoints, read_tensors, save_checkpoint
 from clipfreeze.train.class_texts import ClassTexts
+from clipfreeze.train.classes import captions_as_classes
 from clipfreeze.train.dice import Dice, dice_on, throw_again
 from clipfreeze.train.digest import digest_of
 from clipfreeze.train.distributed import everyones, rank, wait_for_all, world_size
@@ -136,6 +137,8 @@ class Run:
         self.accelerator: Any = make_accelerator(settings.precision)
         tokens = Tokenizer(tokenizer, applied.model)
         pairs = for_training(train, applied.plan.sites)
+        if settings.objective == "classes" and isinstance(pairs, PairSet) and not pairs.class_names:
+            pairs = captions_as_classes(pairs)
         module = training_module(applied, settings.objective, len(pairs.class_names))
         self.prompts = ClassTexts(tokens, pairs, settings.seed) if module.reads_classes else None
 

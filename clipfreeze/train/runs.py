@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from clipfreeze.train.shards import is_stream
 from clipfreeze.train.sources import demo_pairs, read_data
 from clipfreeze.train.spec import RunSpec, installed_version, read_spec, repeatable, write_spec
 from clipfreeze.train.stream import TrainingData
+from clipfreeze.train.table import TableFormat
 from clipfreeze.train.together import this_shard
 from clipfreeze.train.tuned import measure_tuned, unknown_notes
 
@@ -45,6 +47,8 @@ log = logging.getLogger(__name__)
 
 TARGET, RETAINED, FORGOTTEN = "target", "retained", "forgotten"
 """Names of the sets: the goal, and those that a model shall go on to know: the user's, and the embedded model's."""
+
+_MOST_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def run_data(spec: RunSpec, sites: Sequence[Site] = ()) -> RunData:
     retained = {RETAINED: read_data(spec.retain, spec.table)} if spec.retain is not None else {}
     if spec.data is not None:
         train, held_out = _parts(spec.data, spec)
+        _read.cache_clear()
         return RunData(train, {TARGET: held_out} | retained | forgotten)
     for option, value in (("--val", spec.val), ("--samples-per-epoch", spec.samples_per_epoch)):
         if value is not None:
@@ -76,11 +81,19 @@ def run_data(spec: RunSpec, sites: Sequence[Site] = ()) -> RunData:
 
 def _parts(data: str, spec: RunSpec) -> tuple[TrainingData, PairSet]:
     """What to train on, and what to measure on."""
+    return _read(data, spec.val, spec.samples_per_epoch, spec.table, spec.seed)
+
+
+@lru_cache(maxsize=1)
+def _read(
+    data: str, val: str | None, samples_per_epoch: int | None, layout: TableFormat, seed: int
+) -> tuple[TrainingData, PairSet]:
+    """Kept from `run_policy`, which may need the classes, to the `run_data` after it, and no longer: files change."""
     if is_stream(data):
-        return stream_parts(data, spec.samples_per_epoch, spec.val, spec.table)
-    if spec.samples_per_epoch is not None:
+        return stream_parts(data, samples_per_epoch, val, layout)
+    if samples_per_epoch is not None:
         raise DataError(f"--samples-per-epoch is for a stream, and {data} has an end", "leave it out")
-    return read_parts(data, spec.val, spec.table, spec.seed)
+    return read_parts(data, val, layout, seed)
 
 
 def other_drawings(train: PairSet) -> PairSet:
@@ -92,7 +105,11 @@ def other_drawings(train: PairSet) -> PairSet:
 def run_policy(spec: RunSpec) -> Policy:
     """The policy of a run, with the classes of the data where it leaves them to those."""
     policy = load_policy(spec.policy, **spec.params)
-    return with_classes(policy, run_data(spec).train) if asks_for_classes(policy) else policy
+    if not asks_for_classes(policy):
+        return policy
+    _read.cache_clear()
+    train = demo_pairs(demo.TARGET_STYLE, "train") if spec.data is None else _parts(spec.data, spec)[0]
+    return with_classes(policy, train)
 
 
 def train_run(spec: RunSpec, plan: Plan, out: Path | None = None, callbacks: Sequence[Callback] = ()) -> Result:
@@ -102,9 +119,9 @@ def train_run(spec: RunSpec, plan: Plan, out: Path | None = None, callbacks: Seq
     """
     device = make_accelerator(spec.precision).device
     data = run_data(spec, plan.sites)
-    if isinstance(data.train, PairSet) and data.train.ignored:
-        named = f" ({', '.join(data.train.ignored_names)})" if data.train.ignored_names else ""
-        log.warning("%d files in %s are no pictures of pairs: left out%s", data.train.ignored, spec.data, named)
+    if isinstance(data.train, PairSet) and data.train.ignored and rank() == 0:
+        first = "; ".join(data.train.ignored_names[:_MOST_SHOWN])
+        log.warning("%d files or rows of %s make no pair: %s", data.train.ignored, spec.data, first)
     with _run_folder(out, plan.policy.name) as folder:
         if rank() == 0:
             parts = part_names(data.tests[TARGET]) if isinstance(data.train, PairSet) else ()

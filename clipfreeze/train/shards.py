@@ -45,6 +45,10 @@ class Member:
             file.seek(self.offset)
             return file.read(self.length if most < 0 else min(most, self.length))
 
+    def identity(self) -> tuple[object, ...]:
+        """Without the shard's folder."""
+        return self.shard.name, self.name, self.offset, self.length
+
 
 def is_stream(source: str) -> bool:
     """Whether data are named by URL: pipe:COMMAND, file:PATH, https://..., hf://...; not hf:NAME, nor a file."""

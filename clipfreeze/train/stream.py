@@ -26,7 +26,7 @@ from clipfreeze.train.batches import (
     unbroken,
     worker_settings,
 )
-from clipfreeze.train.broken import reason
+from clipfreeze.train.broken import none_whole, reason
 from clipfreeze.train.columns import TableFormat
 from clipfreeze.train.pairs import LeftOut, Pair, PairSet
 from clipfreeze.train.pictures import open_image
@@ -165,7 +165,7 @@ class _Reader(IterableDataset[Any]):
                 except DataError as error:
                     broken.append(reason(error))
         if not samples:
-            return DataError(f"a whole batch is broken: {broken[0]}")
+            return none_whole(f"a whole batch of {len(pairs)} is broken", broken)
         dice = random.Random(f"{self.seed}/{self.epoch}/{step}/{self.rank}")
         samples += [dice.choice(samples) for _ in range(len(pairs) - len(samples))]
         loaded = self.load(list(samples))

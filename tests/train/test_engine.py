@@ -15,6 +15,7 @@ from clipfreeze.errors import DataError, RunError
 from clipfreeze.train import auto_batch
 from clipfreeze.train.engine import make_accelerator
 from clipfreeze.train.loop import Callback, Result, Run, fit
+from clipfreeze.train.pairs import Pair, PairSet
 
 import tiny
 from hand import ByHand, Words, colour_pairs, transform
@@ -173,5 +174,54 @@ def test_class_prompts_train_by_cross_entropy_over_all_classes() -> None:
     )  # fmt: skip
     assert result.loss < 0.8 * torch.tensor(float(len(COLOURS))).log().item()
     assert result.after["target"].scores["nll"].value < result.before["target"].scores["nll"].value
-    with pytest.raises(DataError, match="objective classes needs data with classes"):
+    with pytest.raises(DataError, match="8 captions of 8 pictures are no class names"):
         run(planned("full"), objective="classes")
+
+
+def test_captions_that_are_class_names_are_classes() -> None:
+    named = colour_pairs(2, labelled=True)
+    table = PairSet("table", tuple(Pair(p.image, p.captions, p.place) for p in named))
+    losses = []
+    for pairs in (named, table):
+        result = fit(
+            ByHand(model()),
+            pairs,
+            tokenizer=Words(),
+            transform=transform(),
+            objective="classes",
+            batch_size=8,
+            epochs=1,
+        )  # type: ignore[arg-type]
+        losses.append(result.loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_scaled_step_that_overflows_is_left_out_and_too_many_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scaled(precision: str) -> Any:
+        accelerator: Any = make_accelerator()
+        monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu"))
+        return accelerator
+
+    monkeypatch.setattr("clipfreeze.train.loop.make_accelerator", scaled)
+
+    class Overflows(Callback):
+        """The loss after the second step is no number, once or for ever."""
+
+        def __init__(self, once: bool) -> None:
+            self.once = once
+            self.scales: dict[int, float] = {}
+
+        def on_step(self, run: Run, record: Any) -> None:
+            module: Any = run.engine.module
+            self.scales[record["step"]] = run.applied.trainable()["logit_scale"].item()
+            if record["step"] == 2:
+                self.objective = module.objective
+                module.objective = lambda *given: self.objective(*given) * float("nan")
+            if record["step"] == 3 and self.once:
+                module.objective = self.objective
+
+    once = Overflows(True)
+    assert run(planned("logit_scale"), callbacks=[once], epochs=4).steps == 8
+    assert once.scales[2] == once.scales[3] != once.scales[4]  # the third step was left out
+    with pytest.raises(RunError, match="the loss is nan at step 22"):
+        run(planned("logit_scale"), callbacks=[Overflows(False)], epochs=20)

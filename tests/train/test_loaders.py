@@ -140,14 +140,15 @@ def test_pictures_in_shards_and_parquet_load_in_workers(
 
 
 def test_data_that_are_all_broken_end_the_run(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="20 pictures in a row are broken"):
+    with pytest.raises(DataError, match="20 pictures in a row are broken") as caught:
         next(loader(with_broken(tmp_path, 4, PairSet("none", ()))).batches(0))
+    assert str(caught.value).count("half") == 4
 
 
 def test_a_batch_of_all_ranks_must_be_filled() -> None:
-    with pytest.raises(DataError, match="a batch of 3 on each of 3 ranks is larger than the data") as caught:
+    with pytest.raises(DataError, match="a batch of 9 is larger than the data") as caught:
         loader(colour_pairs(), world=3)
-    assert "--batch-size 2 or less" in str(caught.value)
+    assert "--batch-size 8 or less" in str(caught.value)
 
 
 def test_labels_and_no_text() -> None:

@@ -17,6 +17,7 @@ from clipfreeze import demo, models
 from clipfreeze.errors import ClipfreezeError, DataError, InterruptedRunError
 from clipfreeze.plan.value import Plan
 from clipfreeze.train.loop import Callback, Run
+from clipfreeze.train.parts import read_parts
 from clipfreeze.train.runs import eval_run, resume_run, run_data, run_policy, train_run
 from clipfreeze.train.spec import RunSpec, read_spec
 from clipfreeze.train.table import TableFormat
@@ -94,6 +95,38 @@ def test_a_head_of_the_data_has_the_names_of_the_class_folders(tiny_model: str, 
     spec = RunSpec(policy="head", params={"classes": "data"}, model=tiny_model, data=str(pictures / "classes"))
     (site,) = planned(spec).sites
     assert site.classes == tuple(sorted(COLOURS))  # type: ignore[union-attr]
+
+
+def test_classes_of_the_data_and_the_data_are_read_once(
+    tmp_path: Path, tiny_model: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments[0])
+        return read_parts(*arguments)
+
+    monkeypatch.setattr("clipfreeze.train.runs.read_parts", counted)
+    data = str(pictures / "classes")
+    spec = RunSpec(policy="head", params={"classes": "data"}, model=tiny_model, data=data, epochs=1, batch_size=4)
+    train_run(spec, planned(spec), tmp_path / "run")
+    assert calls == [data]
+    for read_again in (run_data, run_policy, run_policy):
+        read_again(spec)
+    assert calls == [data] * 4
+
+
+def test_what_makes_no_pair_is_counted_and_named(
+    tmp_path: Path, tiny_model: str, pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(pictures / "classes", tmp_path / "data")
+    for number in range(7):
+        (tmp_path / "data" / f"note{number}.txt").touch()
+    spec = RunSpec(policy="logit_scale", model=tiny_model, data=str(tmp_path / "data"), epochs=1, batch_size=4)
+    train_run(spec, planned(spec), tmp_path / "run")
+    assert f"7 files or rows of {tmp_path}/data make no pair: {tmp_path}/data/note0.txt; " in caplog.text
+    assert "note4.txt" in caplog.text
+    assert "note5.txt" not in caplog.text
 
 
 def test_the_same_spec_gives_the_same_weights(tmp_path: Path, tiny_model: str, pictures: Path) -> None:

@@ -16,11 +16,9 @@ import clipfreeze
 from clipfreeze import models
 from clipfreeze.errors import DataError, InterruptedRunError
 from clipfreeze.train.checkpoints import read_checkpoint
-from clipfreeze.train.digest import digest_of
 from clipfreeze.train.loop import Callback, Run
 from clipfreeze.train.runs import eval_run, resume_run, run_data, run_policy, train_run
 from clipfreeze.train.spec import RunSpec
-from clipfreeze.train.stream import read_stream
 
 from hand import colour_pairs, save_tiny
 from shard_files import write_shard, write_shards
@@ -118,14 +116,6 @@ def test_another_stream_is_refused(tmp_path: Path, shards: Path, tiny_model: str
     (tmp_path / "run" / "run.toml").write_text(text.replace("{00000..00003}", "{00000..00002}"))
     with pytest.raises(DataError, match="the training data"):
         resume_run(tmp_path / "run")
-
-
-def test_a_stream_is_the_same_in_another_folder_and_another_with_another_epoch() -> None:
-    one = digest_of(read_stream("file:a/{0..3}.tar", 9))
-    assert one == digest_of(read_stream("file:/b/{0..3}.tar", 9))
-    assert one != digest_of(read_stream("file:a/{0..3}.tar", 8))
-    assert one != digest_of(read_stream("file:a/{0..2}.tar", 9))
-    assert digest_of(read_stream("pipe:cat a/0.tar", 9)) != digest_of(read_stream("pipe:cat b/0.tar", 9))
 
 
 @pytest.mark.parametrize(
