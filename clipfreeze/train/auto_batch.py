@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clipfreeze.changes import Applied
 from clipfreeze.errors import RunError
+from clipfreeze.train.dice import undrawn
 from clipfreeze.train.distributed import everyones, world_size
 from clipfreeze.train.objective import Training
 
@@ -62,7 +63,7 @@ def _kept_bytes(module: Training, batch: dict[str, Tensor], engine: Any) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.random.fork_rng(), engine.autocast(), torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
+    with undrawn(engine.device), engine.autocast(), torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
         loss = module(**batch)
     del loss
     return int(sum(kept.values()))
@@ -70,7 +71,7 @@ def _kept_bytes(module: Training, batch: dict[str, Tensor], engine: Any) -> int:
 
 def _fits(module: Training, batch: dict[str, Tensor], engine: Any) -> bool:
     try:
-        with torch.random.fork_rng(), engine.autocast():
+        with undrawn(engine.device), engine.autocast():
             module(**batch).backward()
         return True
     except torch.OutOfMemoryError:

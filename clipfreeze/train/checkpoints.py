@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clipfreeze.errors import DataError, RunError
+from clipfreeze.train.folder import CHECKPOINTS
 
-CHECKPOINTS = "checkpoints"
 STATE, TENSORS = "state.json", "training.safetensors"
 
 

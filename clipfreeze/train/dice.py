@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -26,3 +28,13 @@ def throw_again(dice: Dice, device: torch.device) -> None:
     torch.set_rng_state(dice.cpu)
     if dice.cuda is not None:
         torch.cuda.set_rng_state(dice.cuda, device)
+
+
+@contextmanager
+def undrawn(device: torch.device) -> Iterator[None]:
+    """What is drawn inside is as if it had not been."""
+    before = dice_on(device)
+    try:
+        yield
+    finally:
+        throw_again(before, device)

@@ -18,6 +18,7 @@ from clipfreeze.changes import Applied
 from clipfreeze.errors import DataError, RunError
 from clipfreeze.train.accumulate import backward_in_chunks
 from clipfreeze.train.batches import Batch
+from clipfreeze.train.dice import undrawn
 from clipfreeze.train.distributed import summed, world_size
 from clipfreeze.train.objective import Anchored, Training
 from clipfreeze.train.settings import TrainingSettings
@@ -136,7 +137,7 @@ class Engine:
 
     def _reached_by(self, batch: Batch) -> set[str]:
         """Names of what gets a gradient; the dice go on as if nothing had been drawn."""
-        with torch.random.fork_rng(), self.accelerator.autocast():
+        with undrawn(self.accelerator.device), self.accelerator.autocast():
             self.module(**batch).backward()
         reached = {name for name, parameter in self._trained().items() if parameter.grad is not None}
         self.optimizer.zero_grad()

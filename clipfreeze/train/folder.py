@@ -17,7 +17,9 @@ from clipfreeze.stored import PLAN, WEIGHTS, whole_file
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"
 SPEC = "run.toml"
-LEFT_BY_RUNS = (METRICS, RESULTS, SPEC, PLAN, WEIGHTS)
+LOG, CHECKPOINTS, TRACKED = "run.log", "checkpoints", "clipfreeze"
+LEFT_BY_RUNS = (METRICS, RESULTS, SPEC, LOG, PLAN, WEIGHTS)
+FOLDERS_LEFT_BY_RUNS = (CHECKPOINTS, TRACKED)
 
 
 @contextmanager
@@ -86,6 +88,8 @@ def _cleared_on_failure(folder: Path, made: list[Path]) -> Iterator[None]:
         if not finished and not (folder / METRICS).exists():
             for name in LEFT_BY_RUNS:
                 (folder / name).unlink(missing_ok=True)
+            for name in FOLDERS_LEFT_BY_RUNS:
+                shutil.rmtree(folder / name, ignore_errors=True)
             for path in made:
                 if not any(path.iterdir()):
                     path.rmdir()

@@ -17,9 +17,8 @@ from tqdm import tqdm
 from clipfreeze.errors import DataError
 from clipfreeze.train.distributed import rank
 from clipfreeze.train.evaluate import Metrics
-from clipfreeze.train.folder import METRICS, append_json, write_text
+from clipfreeze.train.folder import LOG, METRICS, TRACKED, append_json, write_text
 
-LOG = "run.log"
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 log = logging.getLogger("clipfreeze")
@@ -113,7 +112,7 @@ def start_trackers(accelerator: Any, names: tuple[str, ...], folder: Path | None
     accelerator.project_configuration.set_directories(str(folder or "."))
     accelerator.log_with = filter_trackers(list(names), logging_dir=str(folder or "."))
     plain = {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
-    accelerator.init_trackers("clipfreeze", config=plain)
+    accelerator.init_trackers(TRACKED, config=plain)
 
 
 def cut_metrics(folder: Path, step: int) -> None:

@@ -27,7 +27,7 @@ from clipfreeze.train.calibration import Bin
 from clipfreeze.train.checkpoints import Saved, checkpoint_path, keep_checkpoints, read_tensors, save_checkpoint
 from clipfreeze.train.class_texts import ClassTexts
 from clipfreeze.train.classes import captions_as_classes
-from clipfreeze.train.dice import Dice, dice_on, throw_again
+from clipfreeze.train.dice import Dice, dice_on, throw_again, undrawn
 from clipfreeze.train.digest import digest_of
 from clipfreeze.train.distributed import everyones, rank, wait_for_all, world_size
 from clipfreeze.train.ema import Average
@@ -325,7 +325,7 @@ class Run:
 
     def _evaluate(self) -> None:
         """Measure, and decide which weights to keep and whether to go on; the same on all ranks."""
-        with torch.random.fork_rng(), self._averaged():
+        with undrawn(self.accelerator.device), self._averaged():
             found = self._measured(measure_tuned)
             self.journal.evaluation(self.step, found)
             better = self.best is None or self.best.update(self.step, found)

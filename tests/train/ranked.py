@@ -13,9 +13,10 @@ from torch import Tensor, distributed
 
 import clipfreeze
 from clipfreeze.changes import Applied
-from clipfreeze.train.checkpoints import CHECKPOINTS, read_checkpoint
+from clipfreeze.train.checkpoints import read_checkpoint
 from clipfreeze.train.distributed import everyones, rank, world_size
 from clipfreeze.train.engine import Engine, make_accelerator
+from clipfreeze.train.folder import CHECKPOINTS
 from clipfreeze.train.loop import Result, fit
 from clipfreeze.train.objective import Contrastive
 from clipfreeze.train.settings import training_settings

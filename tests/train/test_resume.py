@@ -18,7 +18,8 @@ import clipfreeze
 from clipfreeze.errors import DataError, InterruptedRunError, RunError
 from clipfreeze.stored import PLAN, read_plan
 from clipfreeze.train import checkpoints
-from clipfreeze.train.checkpoints import CHECKPOINTS, checkpoint_path, keep_checkpoints, read_checkpoint
+from clipfreeze.train.checkpoints import checkpoint_path, keep_checkpoints, read_checkpoint
+from clipfreeze.train.folder import CHECKPOINTS
 from clipfreeze.train.loop import Callback, Result, Run, fit
 from clipfreeze.train.pairs import PairSet
 
