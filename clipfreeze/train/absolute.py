@@ -12,7 +12,7 @@ from clipfreeze.train.shards import is_pattern, is_stream
 _FILE = "file:"
 
 
-def absolute(source: str) -> str:
+def absolute_source(source: str) -> str:
     """What `read_data` or `read_stream` takes. Names of the hub, other URLs and a pipe's command stay as they are.
 
     Links stay links: images may lie beside the link, and not beside the file.

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 from clipfreeze.errors import DataError, Problem
 from clipfreeze.policy.classes import CLASS_WORDS
 from clipfreeze.policy.loading import builtin_policies
-from clipfreeze.train.absolute import absolute
+from clipfreeze.train.absolute import absolute_source
 from clipfreeze.train.folder import SPEC, write_text
 from clipfreeze.train.parts import is_share
 from clipfreeze.train.settings import TrainingSettings, checked
@@ -69,7 +69,7 @@ def repeatable(spec: RunSpec, parts: Collection[str] = ()) -> RunSpec:
     sources = {"data": spec.data, "retain": spec.retain}
     if spec.val is not None and not is_share(spec.val) and spec.val not in parts:
         sources["val"] = spec.val
-    changed: dict[str, Any] = {key: absolute(source) for key, source in sources.items() if source is not None}
+    changed: dict[str, Any] = {key: absolute_source(source) for key, source in sources.items() if source is not None}
     if spec.table.image_root is not None:
         changed["table"] = spec.table.model_copy(update={"image_root": str(Path(spec.table.image_root).absolute())})
     if spec.policy not in builtin_policies():
