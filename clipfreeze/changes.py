@@ -214,6 +214,28 @@ class Applied:
         )
 
     @contextmanager
+    def started(self) -> Iterator[None]:
+        """The model in eval mode as it was at the start, for features to anchor to: its own weights have their start
+        values, what was added is off. Before a forward, not within one. ApplyError unless the plan has an anchor.
+        """
+        if not any(self.plan.anchor.model_dump().values()):
+            raise ApplyError("start values are kept for an anchor alone", "[anchor] in the policy: vision = 1.0")
+        parameters = dict(self.model.named_parameters())
+        own = [planned.name for planned in _looked_back_to(self.plan) if planned.origin == "model"]
+
+        def swap() -> None:
+            for name in own:
+                now = parameters[name].data
+                parameters[name].data, self._start[name] = self._start[name].to(now.device), now
+
+        with self.disabled(), evaluating(self.model):
+            swap()
+            try:
+                yield
+            finally:
+                swap()
+
+    @contextmanager
     def disabled(self) -> Iterator[None]:
         """The model without what policies added to it; what they trained of its own stays trained."""
         self._refuse_idle()
@@ -497,9 +519,15 @@ def _change(before: list[Tensor], after: list[Tensor]) -> float:
 
 
 def _copies(plan: Plan, model: nn.Module) -> dict[str, Tensor]:
-    """The values that l2sp pulls to."""
+    """The start values that training looks back to."""
     parameters = dict(model.named_parameters())
-    return {planned.name: parameters[planned.name].detach().clone() for planned in plan.trainable if planned.l2sp}
+    return {planned.name: parameters[planned.name].detach().clone() for planned in _looked_back_to(plan)}
+
+
+def _looked_back_to(plan: Plan) -> list[PlannedParameter]:
+    """What l2sp pulls; with an anchor all that trains of the model's own."""
+    anchored = any(plan.anchor.model_dump().values())
+    return [planned for planned in plan.trainable if planned.l2sp or (anchored and planned.origin == "model")]
 
 
 def _changing(plan: Plan) -> list[PlannedParameter]:
@@ -508,9 +536,9 @@ def _changing(plan: Plan) -> list[PlannedParameter]:
 
 
 def _restarted(plan: Plan) -> set[str]:
-    """What l2sp pulls to values that are not the base's."""
-    pulled = (planned for planned in plan.trainable if planned.l2sp)
-    return {planned.name for planned in pulled if planned.init is not None or planned.origin != "model"}
+    """Start values that are not the base's."""
+    back = _looked_back_to(plan)
+    return {planned.name for planned in back if planned.init is not None or planned.origin != "model"}
 
 
 def _warn_of_clamps(plan: Plan, model: nn.Module) -> None:

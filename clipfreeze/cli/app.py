@@ -19,6 +19,7 @@ from clipfreeze.cli import (
     export_run,
     list_policies,
     print_schema,
+    selftest_model,
     show_policy,
     show_roles,
     survey_data,
@@ -44,6 +45,7 @@ app.command("data")(survey_data.run)
 app.command("train")(train_policy.run)
 app.command("eval")(eval_folder.run)
 app.command("export")(export_run.run)
+app.command("selftest")(selftest_model.run)
 app.command("schema")(print_schema.run)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from clipfreeze.cli.common import Format, FormatOption, named_paths, print_json
+from clipfreeze.cli.frontier import print_frontier
 from clipfreeze.errors import DataError
 
 
@@ -45,7 +46,7 @@ def run(
     if frontier:
         if plot is not None:
             raise DataError("--plot draws one model, --frontier measures many", "leave out one of them")
-        _frontier(folder, sets, retain_floor, format)
+        print_frontier(folder, sets, retain_floor, format)
         return
     if retain_floor is not None:
         raise DataError("--retain-floor chooses among the points of a frontier", "add --frontier")
@@ -56,26 +57,3 @@ def run(
         print(metrics_table(found))
     if plot is not None:
         write_diagrams(found, plot)
-
-
-def _frontier(folder: Path, sets: dict[str, str], floor: float | None, form: Format) -> None:
-    from clipfreeze.cli.results import frontier_table
-    from clipfreeze.train.frontier import best_alpha, check_retain, wise_frontier
-    from clipfreeze.train.runs import open_run
-
-    run = open_run(folder, sets)
-    goal, *retain = run.tests
-    check_retain(retain, floor)
-    found = wise_frontier(run.applied, run.start, run.metrics)
-    best = best_alpha(found, goal, retain, floor)
-    if form is Format.json:
-        print_json({**asdict(found), "goal": goal, "retain": retain, "retain_floor": floor, "best_alpha": best})
-        return
-    print(frontier_table(found, best))
-    print(f"\nbest alpha  {best:g}, {_why(goal, retain, floor)}")
-    print(f"next        clipfreeze export {folder} --to open_clip --alpha {best:g}")
-
-
-def _why(goal: str, retain: list[str], floor: float | None) -> str:
-    where = "" if floor is None else f" with {100 * floor:g} % of {', '.join(retain)} kept"
-    return f"the highest on {goal}{where}"

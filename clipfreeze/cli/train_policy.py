@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clipfreeze import demo
-from clipfreeze.cli.common import SetOption, anatomy_of, knob_settings, plan_of
+from clipfreeze.cli.common import Format, SetOption, anatomy_of, knob_settings, plan_of
 from clipfreeze.errors import DataError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def run(
         typer.Option(
             metavar="PATH",
             help="CSV, TSV, JSONL or Parquet of image paths and captions; a folder with a subfolder a class or with "
-            "metadata.csv; shards ({00..99}.tar); hf:NAME[:SPLIT]",
+            "metadata.csv; shards ({00..99}.tar); hf:NAME[:SPLIT]; a stream of shards (pipe:COMMAND, https:...)",
         ),
     ] = None,
     val: Annotated[
@@ -48,6 +48,9 @@ def run(
             help='to evaluate on: other data, "5%" of the data, or the name of a part of them; without it the part '
             "that they call so, else a tenth",
         ),
+    ] = None,
+    samples_per_epoch: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="pairs of a stream that count as an epoch")
     ] = None,
     retain: Annotated[
         str | None, typer.Option(metavar="PATH", help="data that the model shall go on to know, measured too")
@@ -119,6 +122,7 @@ def run(
         pretrained=pretrained,
         data=data,
         val=val,
+        samples_per_epoch=samples_per_epoch,
         retain=retain,
         table={
             "image_column": image_column,
@@ -148,7 +152,7 @@ def run(
     )
     plan = plan_of(run_policy(spec), anatomy_of(model))
     print(plan, flush=True)
-    _print(train_run(spec, plan, out))
+    _print(train_run(spec, plan, out), retain_floor)
 
 
 def _resume(context: typer.Context, folder: Path) -> None:
@@ -160,11 +164,13 @@ def _resume(context: typer.Context, folder: Path) -> None:
         raise DataError(what, "leave them out, or start a new run")
 
     from clipfreeze.train.runs import resume_run
+    from clipfreeze.train.spec import read_spec
 
-    _print(resume_run(folder))
+    _print(resume_run(folder), read_spec(folder).retain_floor)
 
 
-def _print(result: Result) -> None:
+def _print(result: Result, retain_floor: float | None) -> None:
+    from clipfreeze.cli.frontier import print_frontier
     from clipfreeze.cli.results import result_table
 
     kept = f", kept are the weights of step {result.kept_step}" if result.kept_step != result.steps else ""
@@ -176,6 +182,9 @@ def _print(result: Result) -> None:
     if result.broken:
         print(f"\n{len(result.broken)} broken pictures were left out: run.log names them")
     print(f"\nrun folder  {result.folder}\nnext        clipfreeze eval {result.folder}")
+    if retain_floor is not None and result.folder is not None and result.interpolates:
+        print()
+        print_frontier(result.folder, {}, retain_floor, Format.table)
 
 
 def _size(said: str | None) -> Any:

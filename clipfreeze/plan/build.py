@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from clipfreeze.anatomy.parts import TOWER_PARTS, Anatomy, Parameter
+from clipfreeze.anatomy.parts import TOWER_PARTS, TOWERS, Anatomy, Parameter
 from clipfreeze.errors import PlanError, Problem
 from clipfreeze.plan.additions import extended, find_additions
 from clipfreeze.plan.additions import speeches as action_speeches
@@ -82,6 +82,7 @@ class _Resolution:
         self._check_effects(decided)
         if not self.problems:
             self.problems += [self._nothing_trains(of) for of in self.stretches if not any(of.trains)]
+            self.problems += self._idle_anchors()
         if self.problems:
             raise PlanError(self.problems)
         parameters = tuple(self._planned(index) for index in range(len(self.anatomy.parameters)))
@@ -99,6 +100,7 @@ class _Resolution:
             groups=tuple(planned_groups(trainable)),
             optimizer=self.policy.optimizer,
             schedule=self.policy.schedule,
+            anchor=self.policy.anchor,
             rules=tuple(
                 RuleReport(
                     rule=number,
@@ -117,6 +119,15 @@ class _Resolution:
             phases=tuple(self._phases(parameters)) if self.policy.phases else (),
         )
         return plan.model_copy(update={"warnings": tuple(lint_warnings(plan, self.anatomy))})
+
+    def _idle_anchors(self) -> Iterator[Problem]:
+        """Features that no training moves need no anchor."""
+        training = {p.role for p, trains in zip(self.anatomy.parameters, self.trains, strict=True) if trains}
+        towers = {site.tower for site in self.additions.sites} | {role.split(".")[0] for role in training}
+        path, _, line = self.policy.anchor_source.rpartition(":")
+        for tower in TOWERS:
+            if getattr(self.policy.anchor, tower) and tower not in towers:
+                yield Problem(f"anchor on the {tower} tower, which stays frozen", "take it out", path, int(line))
 
     def _matched(self) -> list[frozenset[int]]:
         """What each rule matches; nothing for one that is switched off."""

@@ -37,6 +37,7 @@ class PlanDifference(BaseModel):
     parameters: tuple[ParameterDifference, ...]
     optimizer: Settings
     schedule: Settings
+    anchor: Settings = {}
     phases: Settings = {}
 
 
@@ -55,6 +56,7 @@ def compare_plans(one: Plan, other: Plan) -> PlanDifference:
         parameters=tuple(parameters),
         optimizer=_differing(_optimizer(one.optimizer), _optimizer(other.optimizer)),
         schedule=_differing(one.schedule.model_dump(), other.schedule.model_dump()),
+        anchor=_differing(one.anchor.model_dump(), other.anchor.model_dump()),
         phases=_phases(one, other),
     )
 

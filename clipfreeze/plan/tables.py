@@ -48,12 +48,18 @@ def plan_table(plan: Plan) -> str:
         *_phases(plan),
         f"optimizer  {plan.optimizer.name}{_options(plan.optimizer.options)}{_warm_start(plan)}; "
         f"schedule {plan.schedule.name}, warmup {_stretch(plan.schedule.warmup)}{_options(plan.schedule.options)}",
+        *_anchor(plan),
         "backward   " + "; ".join(_frontier(tower, part) for tower, part in plan.frontier.items()),
         f"memory     weights {_megabytes(plan.estimate.weights)}, gradients {_megabytes(plan.estimate.gradients)}, "
         f"optimizer {_megabytes(plan.estimate.optimizer)}",
         *(f"warning: {warning}" for warning in plan.warnings),
     ]
     return "\n".join(lines)
+
+
+def _anchor(plan: Plan) -> list[str]:
+    said = [f"{tower} {strength:g}" for tower, strength in plan.anchor.model_dump().items() if strength]
+    return [f"anchor     {', '.join(said)} on features of the start"] if said else []
 
 
 def explanation_table(parameters: Sequence[PlannedParameter]) -> str:
@@ -66,7 +72,12 @@ def difference_table(found: PlanDifference, names: tuple[str, str]) -> str:
     rows: list[tuple[str, int | str, str]] = [
         (part, len(members), _changes_of(members)) for part, members in _folded(found.parameters, _changes_of)
     ]
-    sections = (("optimizer", found.optimizer), ("schedule", found.schedule), ("phases", found.phases))
+    sections = (
+        ("optimizer", found.optimizer),
+        ("schedule", found.schedule),
+        ("anchor", found.anchor),
+        ("phases", found.phases),
+    )
     rows += [(section, "", _changes([settings])) for section, settings in sections if settings]
     return grid(rows, ("part", "tensors", f"{names[0]} -> {names[1]}")) if rows else "no difference"
 

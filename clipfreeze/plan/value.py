@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from clipfreeze.plan.sites import Site
-from clipfreeze.policy.schema import Optimizer, Schedule
+from clipfreeze.policy.schema import Anchor, Optimizer, Schedule
 
 Value = bool | int | float | str | tuple[float, float] | dict[str, Any]
 """Of a setting; an action's is the table of what its rule says."""
@@ -142,6 +142,7 @@ class Plan(_Value):
     groups: tuple[PlannedGroup, ...]
     optimizer: Optimizer
     schedule: Schedule
+    anchor: Anchor = Anchor()
     rules: tuple[RuleReport, ...]
     frontier: dict[str, str | None] = Field(
         description="of each tower, the name of the first part that trains: backward stops there"

@@ -39,7 +39,7 @@ class Filling:
         data = {key: value for key, value in self.document.data.items() if key != "params"}
         data |= self._tables(data, ("rule",), lambda where, rule: self._rule(where, rule, True))
         data |= self._tables(data, ("phase",), self._phase)
-        for section in ("optimizer", "schedule"):
+        for section in ("optimizer", "schedule", "anchor"):
             if isinstance(data.get(section), dict):
                 data[section] = {key: self._put_in((section, key), value) for key, value in data[section].items()}
         if "default" in data:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from clipfreeze.policy.document import Document
 from clipfreeze.policy.filling import Active, Filling
 from clipfreeze.policy.knobs import KnobValue, as_text, knob_values, references
 from clipfreeze.policy.lines import Where, key_lines, line_of
-from clipfreeze.policy.schema import Knob, Optimizer, Phase, PhaseRule, PolicyFile, Rule, Schedule
+from clipfreeze.policy.schema import Anchor, Knob, Optimizer, Phase, PhaseRule, PolicyFile, Rule, Schedule
 from clipfreeze.policy.span import parse_span
 
 
@@ -71,6 +71,8 @@ class Policy:
     schedule_source: str
     sources: tuple[str, ...]
     phases: tuple[PlacedPhase, ...] = ()
+    anchor: Anchor = field(default_factory=Anchor)
+    anchor_source: str = ""
 
     @property
     def all_rules(self) -> tuple[PlacedRule, ...]:
@@ -245,6 +247,8 @@ def _read(documents: list[Document], given: Mapping[str, Any]) -> Policy:
         optimizer_source=_source_of(files, "optimizer"),
         schedule=Schedule.model_validate(schedule),
         schedule_source=_source_of(files, "schedule"),
+        anchor=Anchor.model_validate(_merged_section(files, "anchor")),
+        anchor_source=_source_of(files, "anchor"),
         sources=tuple(document.shown for document in documents),
         phases=phases,
     )
@@ -376,7 +380,7 @@ def _unread_knobs(documents: list[Document], knobs: Mapping[str, Knob]) -> Itera
         [
             document.data.get(key)
             for document in documents
-            for key in ("rule", "phase", "optimizer", "schedule", "default")
+            for key in ("rule", "phase", "optimizer", "schedule", "anchor", "default")
         ]
     )
     read |= references([knob.default for knob in knobs.values()])

@@ -223,6 +223,17 @@ class Optimizer(BaseModel):
         return parse_span(self.warm_start)
 
 
+class Anchor(Spec):
+    """A pull of features to what the model gave at the start, on the training data themselves.
+
+    Adds strength * mean |f - f0|^2 to the loss, f normalised (as LDIFS, arXiv 2308.13320, with the last features
+    alone): the towers may change, what they say of a picture less so.
+    """
+
+    vision: NotNegative = Field(0.0, description="strength, of image features")
+    text: NotNegative = Field(0.0, description="strength, of text features")
+
+
 class PolicyFile(Spec):
     """A policy file, its knobs put in."""
 
@@ -234,6 +245,7 @@ class PolicyFile(Spec):
     rule: Annotated[tuple[Rule, ...], BeforeValidator(listed)] = Field((), description="in order; later ones win")
     optimizer: Optimizer | None = None
     schedule: Schedule | None = None
+    anchor: Anchor | None = None
     phase: Annotated[tuple[Phase, ...], BeforeValidator(listed)] = Field(
         (), description="stretches of the run, in order; a file's own take the place of those it inherits"
     )
@@ -244,7 +256,15 @@ def policy_schema() -> dict[str, Any]:
     schema = PolicyFile.model_json_schema()
     for name in (*ACTIONS, *WHOLE_RUN):
         del schema["$defs"]["PhaseRule"]["properties"][name]
-    models = ("Rule", "PhaseRule", "Phase", "Optimizer", "Schedule", *(action.__name__ for action in ACTIONS.values()))
+    models = (
+        "Rule",
+        "PhaseRule",
+        "Phase",
+        "Optimizer",
+        "Schedule",
+        "Anchor",
+        *(action.__name__ for action in ACTIONS.values()),
+    )
     for model in models:
         properties = schema["$defs"][model]["properties"]
         for name, setting in properties.items():

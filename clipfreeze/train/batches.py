@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clipfreeze.errors import DataError, RunError
-from clipfreeze.train.broken import Broken, reason
+from clipfreeze.train.broken import Broken, none_whole, reason
 from clipfreeze.train.pairs import PairSet
 from clipfreeze.train.pictures import open_image
 
@@ -75,12 +75,12 @@ class Pictures(Dataset[Any]):
 class TrainingSamples(Dataset[Any]):
     """Samples as a run of this seed sees them: the same ones whatever the number of workers or the order.
 
-    With more than one attempt, another pair of the data, drawn by the dice of the place, stands in for a broken one.
+    Another pair of the data, drawn by the dice of the place, stands in for a broken one.
     """
 
-    def __init__(self, pairs: PairSet, transform: Transform, seed: int, attempts: int = 1) -> None:
+    def __init__(self, pairs: PairSet, transform: Transform, seed: int) -> None:
         self.pictures = Pictures(pairs, transform)
-        self.seed, self.attempts = seed, attempts
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -88,7 +88,7 @@ class TrainingSamples(Dataset[Any]):
     def __getitem__(self, draw: Draw) -> Sample | DataError:
         dice, position = f"{self.seed}/{draw.epoch}/{draw.position}", draw.position
         broken: list[str] = []
-        for attempt in range(self.attempts):
+        for attempt in range(_ATTEMPTS):
             if attempt:
                 dice = f"{self.seed}/{draw.epoch}/{draw.position}/{attempt}"
                 position = random.Random(dice).randrange(len(self))
@@ -98,29 +98,8 @@ class TrainingSamples(Dataset[Any]):
                 image = self.pictures[position]
             if isinstance(image, Tensor):
                 return Sample(image, caption, pair.label, tuple(broken))
-            if self.attempts == 1:
-                return image
             broken.append(reason(image))
-        return DataError(f"{len(broken)} pictures in a row are broken: {broken[-1]}")
-
-
-class Shuffled(Sampler[Draw]):
-    """Every pair once an epoch, in an order that seed and epoch give."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size = size
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """accelerate's loaders call this before each pass."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[Draw]:
-        return (Draw(self.epoch, position) for position in _order(self.size, self.seed, self.epoch))
+        return none_whole(f"{len(broken)} pictures in a row are broken", broken)
 
 
 class Steps(Sampler[list[Draw]]):
@@ -225,7 +204,7 @@ class TrainingLoader:
         check_batch(pairs.name, len(pairs), batch_size, world)
         self._steps = Steps(len(pairs), seed, batch_size, rank, world)
         self._loader: DataLoader[Any] = DataLoader(
-            TrainingSamples(pairs, transform, seed, _ATTEMPTS),
+            TrainingSamples(pairs, transform, seed),
             batch_sampler=self._steps,
             collate_fn=Load(Collate(tokenizer, labels)),
             **worker_settings(num_workers),
@@ -251,37 +230,8 @@ def check_batch(name: str, size: int, batch_size: int, world: int = 1) -> None:
         raise DataError(what, f"--batch-size {size} or less" if size > 1 else "give more pictures")
 
 
-def training_loader(
-    pairs: PairSet,
-    transform: Transform,
-    tokenizer: Tokenizer | None,
-    *,
-    batch_size: int,
-    seed: int,
-    num_workers: int,
-    labels: bool = False,
-) -> DataLoader[Any]:
-    """Batches of exactly `batch_size`: what is left over at the end of an epoch is dropped, so that each step has the
-    same number of negatives. Without a tokenizer they hold no text; `labels` asks for the pairs' labels. DataError when
-    the data do not fill one batch."""
-    check_batch(pairs.name, len(pairs), batch_size)
-    return DataLoader(
-        TrainingSamples(pairs, transform, seed),
-        batch_size,
-        sampler=Shuffled(len(pairs), seed),
-        drop_last=True,
-        collate_fn=Collate(tokenizer, labels),
-        **worker_settings(num_workers),
-    )
-
-
-def picture_loader(pairs: PairSet, transform: Transform, *, batch_size: int, num_workers: int) -> DataLoader[Any]:
-    """All pictures in order as (B, 3, H, W)."""
-    return DataLoader(Pictures(pairs, transform), batch_size, collate_fn=stack_pictures, **worker_settings(num_workers))
-
-
 class EvaluationLoader:
-    """All pictures of a set, each once: a rank sees every `world`-th. Broken ones are left out with their pairs."""
+    """The pictures of a set, each once and in order: all, or those of `rows`. Broken ones are left out."""
 
     def __init__(
         self,
@@ -290,23 +240,22 @@ class EvaluationLoader:
         *,
         batch_size: int,
         num_workers: int,
-        rank: int = 0,
-        world: int = 1,
+        rows: Sequence[int] | None = None,
     ) -> None:
         self._loader: DataLoader[Any] = DataLoader(
             Placed(pairs, transform),
             batch_size,
-            sampler=range(rank, len(pairs), world),
+            sampler=range(len(pairs)) if rows is None else rows,
             collate_fn=split_broken,
             **worker_settings(num_workers),
         )
 
     def batches(self, broken: Broken) -> Iterator[tuple[Tensor, Tensor]]:
-        """(B,) positions in the set and (B, 3, H, W) pictures; `broken` is told what is missing."""
+        """(B,) positions in the set and (B, ...) transformed pictures; `broken` is told what is missing."""
         for positions, images, names in unbroken(self._loader):
             broken.add(names)
             if len(positions):
-                yield positions, torch.stack(images)
+                yield positions, images
 
 
 class Placed(Pictures):
@@ -316,21 +265,11 @@ class Placed(Pictures):
         return index, super().__getitem__(index)
 
 
-def split_broken(placed: list[tuple[int, Tensor | DataError]]) -> tuple[Tensor, list[Tensor], list[str]]:
-    """Positions and pictures of what could be read, and the names of the rest."""
-    good = [(index, image) for index, image in placed if isinstance(image, Tensor)]
+def split_broken(placed: list[tuple[int, Tensor | DataError]]) -> tuple[Tensor, Tensor, list[str]]:
+    """(B,) positions and (B, ...) pictures of what could be read, and the names of the rest."""
+    good = {index: image for index, image in placed if isinstance(image, Tensor)}
     names = [reason(image) for _, image in placed if isinstance(image, DataError)]
-    return torch.tensor([index for index, _ in good]), [image for _, image in good], names
-
-
-def stack_pictures(images: list[Tensor | DataError]) -> Tensor | DataError:
-    """(3, H, W) each to (B, 3, H, W); the first broken one to its error."""
-    good: list[Tensor] = []
-    for image in images:
-        if isinstance(image, DataError):
-            return image
-        good.append(image)
-    return torch.stack(good)
+    return torch.tensor(list(good)), torch.stack(list(good.values())) if good else torch.empty(0), names
 
 
 def unbroken(loader: Any) -> Iterator[Any]:

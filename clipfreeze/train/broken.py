@@ -15,6 +15,11 @@ def reason(error: DataError) -> str:
     return str(Problem(problem.what, None, problem.path, problem.line))
 
 
+def none_whole(what: str, names: Iterable[str]) -> DataError:
+    """The error for pictures of which none could be read, each in a line."""
+    return DataError("\n  ".join([what, *dict.fromkeys(names)]), "mend or remove them: clipfreeze data PATH names all")
+
+
 class Broken:
     """The broken pictures met so far, each once."""
 

@@ -43,3 +43,7 @@ class Cell:
         """The encoded picture, or its first bytes."""
         encoded = self.pictures.encoded(self.row)
         return encoded if most < 0 else encoded[:most]
+
+    def identity(self) -> tuple[object, ...]:
+        """Its place among the rows."""
+        return len(self.pictures.rows), self.pictures.column, self.row

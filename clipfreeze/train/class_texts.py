@@ -7,14 +7,14 @@ import random
 from torch import Tensor
 
 from clipfreeze.train.batches import Tokenizer
-from clipfreeze.train.pairs import PairSet
+from clipfreeze.train.stream import TrainingData
 
 
 class ClassTexts:
     """The class names of a data set in its templates."""
 
-    def __init__(self, tokenizer: Tokenizer, pairs: PairSet, seed: int) -> None:
-        self.ids = [tokenizer([template.format(name) for name in pairs.class_names]) for template in pairs.templates]
+    def __init__(self, tokenizer: Tokenizer, data: TrainingData, seed: int) -> None:
+        self.ids = [tokenizer([template.format(name) for name in data.class_names]) for template in data.templates]
         self.seed = seed
 
     def at(self, step: int) -> Tensor:

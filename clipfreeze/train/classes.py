@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from clipfreeze.errors import DataError, did_you_mean
 from clipfreeze.plan.sites import HeadSite, PromptSite, Site
 from clipfreeze.policy.actions import Head, Prompt
 from clipfreeze.policy.loading import PlacedRule, Policy
 from clipfreeze.train.pairs import Pair, PairSet
+from clipfreeze.train.stream import PairStream, TrainingData
 
 _DATA = "data"
+
+Data = TypeVar("Data", PairSet, PairStream)
 
 
 def asks_for_classes(policy: Policy) -> bool:
@@ -19,14 +23,16 @@ def asks_for_classes(policy: Policy) -> bool:
     return any(spec.classes == _DATA for placed in policy.rules if placed.active for spec in _specs(placed))
 
 
-def with_classes(policy: Policy, train: PairSet) -> Policy:
+def with_classes(policy: Policy, train: TrainingData) -> Policy:
     """The policy with the classes of `train` where it leaves them to the data, and its templates where it says none."""
     rules = tuple(_filled(placed, classes_of(train), train.templates) for placed in policy.rules)
     return replace(policy, rules=rules)
 
 
-def classes_of(pairs: PairSet) -> tuple[str, ...]:
-    """Names of class folders, or the distinct captions, sorted."""
+def classes_of(pairs: TrainingData) -> tuple[str, ...]:
+    """Names of class folders, or the distinct captions, sorted. DataError for a stream, which may have any."""
+    if isinstance(pairs, PairStream):
+        raise DataError(f"{pairs.name} is a stream, whose classes are not known", "name them: --set classes=FILE")
     return tuple(sorted(pairs.class_names or {caption for pair in pairs for caption in pair.captions}))
 
 
@@ -97,7 +103,16 @@ def as_classes(pairs: PairSet, classes: Sequence[str]) -> PairSet | None:
     return relabelled(pairs, [name for label, name in enumerate(classes) if label in seen])
 
 
-def bare(pairs: PairSet) -> PairSet:
+def captions_as_classes(pairs: PairSet) -> PairSet:
+    """The distinct captions as classes. DataError where they are no names of classes: most stand there once."""
+    names = classes_of(pairs)
+    if 2 * len(names) > len(pairs):
+        what = f"{len(names)} captions of {len(pairs)} pictures are no class names"
+        raise DataError(f"{pairs.name}: {what}", "objective contrastive, or data with classes")
+    return relabelled(pairs, names)
+
+
+def bare(pairs: Data) -> Data:
     """Without templates: a prompt takes their place."""
     return replace(pairs, templates=("{}",))
 

@@ -19,7 +19,7 @@ from clipfreeze.errors import DataError, RunError
 from clipfreeze.train.accumulate import backward_in_chunks
 from clipfreeze.train.batches import Batch
 from clipfreeze.train.distributed import summed, world_size
-from clipfreeze.train.objective import Training
+from clipfreeze.train.objective import Anchored, Training
 from clipfreeze.train.settings import TrainingSettings
 
 _MOST_SKIPPED = 20
@@ -93,6 +93,9 @@ class Engine:
         """
         batch = self._here(batch)
         size = self.settings.micro_batch
+        if isinstance(self.module, Anchored):
+            with self.accelerator.autocast():
+                batch |= self.module.start_features(self.applied, batch, size or len(batch["image"]))
         if size is not None and size < len(batch["image"]):
             loss = backward_in_chunks(self.wrapped, batch, size, self.accelerator.backward, self.accelerator.autocast)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,13 +14,17 @@ from torch import Tensor, nn
 from clipfreeze.errors import DataError, RunError
 from clipfreeze.inject.head import ClassHead
 from clipfreeze.inject.modes import evaluating
-from clipfreeze.train.batches import Tokenizer, Transform, picture_loader, unbroken
+from clipfreeze.train.batches import EvaluationLoader, Tokenizer, Transform
+from clipfreeze.train.broken import Broken
 from clipfreeze.train.calibration import Bin, calibration_gaps, reliability
 from clipfreeze.train.pairs import PairSet
 from clipfreeze.train.together import Shard
 
+log = logging.getLogger(__name__)
+
 _ROWS = 256  # of a score matrix looked at together
 _CLASSES = 64
+_MOST_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,7 @@ class Score:
 class Metrics:
     """What a model does on a set: scores by name, the main one first, over so many images and classes or captions.
 
-    `reliability` is of a classification alone: accuracy by confidence.
+    Images that cannot be read are not counted. `reliability` is of a classification alone: accuracy by confidence.
     """
 
     kind: str  # "zero-shot", "retrieval", "prompt" (zero-shot or retrieval with a learned prompt) or "head"
@@ -85,16 +90,17 @@ def zero_shot(encoder: Encoder, pairs: PairSet) -> Metrics:
     loss; a logit bias shifts all classes alike and plays no part. confidence is the mean of the top class's, ece the
     expected calibration error.
     """
-    classes = class_features(encoder, pairs)
-    logits = encoder.model.logit_scale.exp() * image_features(encoder, pairs) @ classes.T
-    return _classified("zero-shot", logits, pairs)
+    readable, images = image_features(encoder, pairs)
+    logits = encoder.model.logit_scale.exp() * images @ class_features(encoder, pairs).T
+    return _classified("zero-shot", logits, readable)
 
 
 def by_head(encoder: Encoder, pairs: PairSet, head: ClassHead) -> Metrics:
     """As zero_shot, the logits being the head's for the set's class names, all of which it must know."""
     columns = [head.classes.index(name) for name in pairs.class_names]
     with torch.no_grad(), evaluating(encoder.model):
-        return _classified("head", _finite(head(image_features(encoder, pairs)))[:, columns], pairs)
+        readable, images = image_features(encoder, pairs)
+        return _classified("head", _finite(head(images))[:, columns], readable)
 
 
 def _classified(kind: str, logits: Tensor, pairs: PairSet) -> Metrics:
@@ -113,9 +119,10 @@ def _classified(kind: str, logits: Tensor, pairs: PairSet) -> Metrics:
 
 def retrieval(encoder: Encoder, pairs: PairSet) -> Metrics:
     """Recall at 1, 5 and 10 both ways; an image's captions and a caption's images are all right answers."""
+    pairs, images = image_features(encoder, pairs)
     texts = list(dict.fromkeys(caption for pair in pairs for caption in pair.captions))
     number = {text: index for index, text in enumerate(texts)}
-    images, captions = image_features(encoder, pairs), text_features(encoder, texts)
+    captions = text_features(encoder, texts)
     truth = torch.tensor([(row, number[caption]) for row, pair in enumerate(pairs) for caption in pair.captions])
     scores = {}
     for name, queries, answers, right in (
@@ -127,16 +134,37 @@ def retrieval(encoder: Encoder, pairs: PairSet) -> Metrics:
     return Metrics("retrieval", len(pairs), len(texts), scores)
 
 
-def image_features(encoder: Encoder, pairs: PairSet) -> Tensor:
-    """(N, D) normalised."""
+def image_features(encoder: Encoder, pairs: PairSet) -> tuple[PairSet, Tensor]:
+    """The pairs whose pictures can be read, and (N, D) normalised. A warning names the others; DataError if all are."""
+    broken, lost = Broken(len(pairs)), set[int]()
 
     def encode(rows: Sequence[int]) -> Tensor:
-        own = replace(pairs, pairs=tuple(pairs[row] for row in rows))
-        loader = picture_loader(own, encoder.transform, batch_size=encoder.batch_size, num_workers=encoder.num_workers)
-        batches = (images.to(encoder.device) for images in unbroken(loader))
-        return torch.cat([encoder.model.encode_image(images, normalize=True) for images in batches])
+        loader = EvaluationLoader(
+            pairs, encoder.transform, batch_size=encoder.batch_size, num_workers=encoder.num_workers, rows=rows
+        )
+        places, parts = [torch.empty(0, dtype=torch.long)], []
+        for positions, images in loader.batches(broken):
+            places.append(positions)
+            parts.append(encoder.model.encode_image(images.to(encoder.device), normalize=True))
+        read = torch.isin(torch.tensor(rows), torch.cat(places))
+        lost.update(row for row, there in zip(rows, read.tolist(), strict=True) if not there)
+        if not parts:
+            return torch.zeros(len(rows), 0, device=encoder.device)
+        features = torch.cat(parts)
+        whole = features.new_zeros(len(rows), features.shape[1])
+        whole[read.to(encoder.device)] = features
+        return whole
 
-    return _encoded(encoder, len(pairs), encoder.batch_size, encode)
+    features = _encoded(encoder, len(pairs), encoder.batch_size, encode)
+    told = encoder.shard.told((lost, broken.names))
+    lost, names = set().union(*(rows for rows, _ in told)), [name for _, names in told for name in names]
+    if len(lost) == len(pairs):
+        raise DataError(f"no picture of {pairs.name} can be read: {names[0]}", "look it over: clipfreeze data PATH")
+    if lost and encoder.shard.rank == 0:
+        shown = "; ".join(names[:_MOST_SHOWN])
+        log.warning("%d of %d pictures of %s are broken and left out: %s", len(lost), len(pairs), pairs.name, shown)
+    kept = [row for row in range(len(pairs)) if row not in lost]
+    return replace(pairs, pairs=tuple(pairs[row] for row in kept)), features[kept] if lost else features
 
 
 def text_features(encoder: Encoder, texts: Sequence[str]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clipfreeze.errors import DataError, InterruptedRunError
 from clipfreeze.optim.state import OptimizerState
+from clipfreeze.plan.sites import HeadSite, PromptSite
 from clipfreeze.policy.span import parse_span
 from clipfreeze.stored import WEIGHTS, read_weights
 from clipfreeze.train.auto_batch import largest_batch
@@ -25,8 +26,9 @@ from clipfreeze.train.broken import Broken
 from clipfreeze.train.calibration import Bin
 from clipfreeze.train.checkpoints import Saved, checkpoint_path, keep_checkpoints, read_tensors, save_checkpoint
 from clipfreeze.train.class_texts import ClassTexts
+from clipfreeze.train.classes import captions_as_classes
 from clipfreeze.train.dice import Dice, dice_on, throw_again
-from clipfreeze.train.digest import digest_of_pairs
+from clipfreeze.train.digest import digest_of
 from clipfreeze.train.distributed import everyones, rank, wait_for_all, world_size
 from clipfreeze.train.ema import Average
 from clipfreeze.train.engine import Engine, make_accelerator
@@ -34,12 +36,13 @@ from clipfreeze.train.evaluate import Encoder, Metrics, Score
 from clipfreeze.train.folder import RESULTS, check_room, write_text
 from clipfreeze.train.journal import Journal, check_trackers, cut_metrics, memory_mb, start_trackers
 from clipfreeze.train.objective import training_module
-from clipfreeze.train.pairs import PairSet
+from clipfreeze.train.pairs import Pair, PairSet
 from clipfreeze.train.remarks import collapse_notes, decline_notes, warmup_notes
 from clipfreeze.train.retain import RetainFloor
 from clipfreeze.train.settings import TrainingSettings, training_settings
 from clipfreeze.train.sources import read_data
 from clipfreeze.train.stopping import Stopping
+from clipfreeze.train.stream import PairStream, StreamLoader, TrainingData
 from clipfreeze.train.together import this_shard
 from clipfreeze.train.tuned import for_training, measure_tuned, measure_untuned, unknown_notes
 
@@ -61,6 +64,7 @@ class Result:
     broken: tuple[str, ...]  # pictures that could not be read
     notes: tuple[str, ...]
     folder: Path | None
+    interpolates: bool  # whether there are models between the start and these weights
 
 
 class Callback:
@@ -78,7 +82,7 @@ class Callback:
 
 def fit(
     applied: Applied,
-    train: PairSet | str | Path,
+    train: TrainingData | str | Path,
     tests: Mapping[str, PairSet | str | Path] | None = None,
     *,
     tokenizer: Callable[..., Tensor],
@@ -103,9 +107,9 @@ def fit(
     first step, RunError when the run fails, InterruptedRunError when a signal ended it after saving.
     """
     wanted = training_settings(**settings)
-    train = train if isinstance(train, PairSet) else read_data(train)
+    train = read_data(train) if isinstance(train, (str, Path)) else train
     sets = {name: pairs if isinstance(pairs, PairSet) else read_data(pairs) for name, pairs in (tests or {}).items()}
-    if len({pair.label if pair.label is not None else pair.captions for pair in train}) < 2:
+    if isinstance(train, PairSet) and len({_said(pair) for pair in train}) < 2:
         raise DataError(
             f"all pairs of {train.name} say the same: there is nothing to tell apart", "give two captions or classes"
         )
@@ -122,7 +126,7 @@ class Run:
     def __init__(
         self,
         applied: Applied,
-        train: PairSet,
+        train: TrainingData,
         sets: Mapping[str, PairSet],
         tokenizer: Callable[..., Tensor],
         transform: Transform,
@@ -133,11 +137,14 @@ class Run:
         self.accelerator: Any = make_accelerator(settings.precision)
         tokens = Tokenizer(tokenizer, applied.model)
         pairs = for_training(train, applied.plan.sites)
+        if settings.objective == "classes" and isinstance(pairs, PairSet) and not pairs.class_names:
+            pairs = captions_as_classes(pairs)
         module = training_module(applied, settings.objective, len(pairs.class_names))
         self.prompts = ClassTexts(tokens, pairs, settings.seed) if module.reads_classes else None
 
-        def loader(batch_size: int) -> TrainingLoader:
-            return TrainingLoader(
+        def loader(batch_size: int) -> TrainingLoader | StreamLoader:
+            kind: Any = StreamLoader if isinstance(pairs, PairStream) else TrainingLoader
+            made: TrainingLoader | StreamLoader = kind(
                 pairs,
                 train_transform or transform,
                 tokens if module.reads_texts and not module.reads_classes else None,
@@ -148,6 +155,7 @@ class Run:
                 rank=rank(),
                 world=world_size(),
             )
+            return made
 
         if settings.batch_size == "auto":
             example = next(loader(2 * world_size()).batches(0)).batch
@@ -210,6 +218,8 @@ class Run:
                 set_seed(self.settings.seed, device_specific=True)
             else:
                 self._restore_dice(resume)
+                if resume.state["readers"] != self._readers():
+                    self._tell(["the stream goes on in another order: it was read by other ranks or workers"])
             self.engine.module.train()
             self.journal.note(
                 f"{len(self.train)} pairs, {self.total_steps} steps of {self.batch_size} on {world_size()} rank(s) of "
@@ -327,7 +337,7 @@ class Run:
         if not above and self.floor is not None:
             if self.settings.on_floor == "stop" and self.best is None:
                 self.kept = None
-            self.notes += self.floor.notes()
+            self._tell(self.floor.notes())
             self.reason = "the retained set fell below its floor"
         elif self.best is not None and self.settings.patience is not None and self.best.since >= self.settings.patience:
             self.reason = f"no better {self.best.score} on {self.best.of} in {self.best.since} evaluations"
@@ -388,6 +398,7 @@ class Run:
             "step": self.step,
             "phase": self.applied.phase,
             "ranks": world_size(),
+            "readers": self._readers(),
             "run": self._facts(),
             "optimizer": optimizer,
             "scheduler": self.scheduler.state_dict(),
@@ -401,10 +412,14 @@ class Run:
             "broken": list(self.broken.names),
         }
 
+    def _readers(self) -> list[int] | None:
+        """Ranks and workers, where the order of the pairs depends on them."""
+        return [world_size(), max(1, self.settings.num_workers or 0)] if isinstance(self.train, PairStream) else None
+
     def _facts(self) -> dict[str, Any]:
         """What must be the same when the run goes on."""
         return {
-            "training data": digest_of_pairs(self.train),
+            "training data": digest_of(self.train),
             "pairs in a step": self.batch_size,
             "steps in an epoch": self.steps_per_epoch,
             "steps": self.total_steps,
@@ -483,6 +498,8 @@ class Run:
             broken=self.broken.names,
             notes=tuple(self.notes),
             folder=self.folder,
+            interpolates=(self.kept is None or self.kept_step > 0)
+            and not any(isinstance(site, (PromptSite, HeadSite)) for site in self.applied.plan.sites),
         )
         if self.folder is not None and rank() == 0:
             self.applied.save(self.folder)
@@ -490,6 +507,10 @@ class Run:
             write_text(self.folder / RESULTS, json.dumps(values, indent=2) + "\n")
         wait_for_all()
         return result
+
+
+def _said(pair: Pair) -> int | tuple[str, ...]:
+    return pair.captions if pair.label is None else pair.label
 
 
 def _share(batch_size: int) -> int:

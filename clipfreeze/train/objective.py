@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from clipfreeze.changes import Applied
 from clipfreeze.errors import DataError
 from clipfreeze.inject.head import ClassHead
+from clipfreeze.policy.schema import Anchor
 from clipfreeze.train.dice import Dice, throw_again
 from clipfreeze.train.distributed import gathered, rank, world_size
 
@@ -114,6 +115,50 @@ class Training(nn.Module):
         raise NotImplementedError
 
 
+class Anchored(Training):
+    """An objective, and the squared distance of features from those of the start: see `Anchor`."""
+
+    def __init__(self, of: Training, anchor: Anchor) -> None:
+        super().__init__(of.model)
+        self.of, self.anchor = of, anchor
+        self.reads_texts, self.reads_labels = of.reads_texts, of.reads_labels
+        self.reads_classes = of.reads_classes
+
+    def loss(
+        self,
+        image: Tensor,
+        text: Tensor | None,
+        *,
+        image_start: Tensor | None = None,
+        text_start: Tensor | None = None,
+        **targets: Tensor,
+    ) -> Tensor:
+        """As the objective's, with start features of image (B, D) and text (T, D) where they are anchored."""
+        loss = self.of.loss(image, text, **targets)
+        for features, start, strength in (
+            (image, image_start, self.anchor.vision),
+            (text, text_start, self.anchor.text),
+        ):
+            if features is not None and start is not None:
+                loss = loss + strength * (features - start).square().sum(-1).mean()
+        return loss
+
+    @torch.no_grad()
+    def start_features(self, applied: Applied, batch: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+        """What `loss` wants of a batch, at most `size` inputs at once."""
+        wanted = {"image": self.anchor.vision, "text": self.anchor.text}
+        with applied.started():
+            return {
+                f"{name}_start": torch.cat([self.encode(Chunk(part, name == "text")) for part in parts])
+                for name, strength in wanted.items()
+                if strength and name in batch
+                for parts in [batch[name].tensor_split(math.ceil(len(batch[name]) / size))]
+            }
+
+    def by_guessing(self, batch_size: int) -> float | None:
+        return None
+
+
 class Contrastive(Training):
     """Each pair against all others in the batch, by the model's own kind of loss."""
 
@@ -188,6 +233,14 @@ def training_module(applied: Applied, objective: ObjectiveName = "auto", classes
     text tower, text prompt, logit bias. "classes": cross-entropy over prompts of the data's `classes`, which must be 2
     or more. DataError where the objective does not go with the plan or data.
     """
+    found = _objective(applied, objective, classes)
+    anchor = applied.plan.anchor
+    if anchor.text and not (found.reads_texts or found.reads_classes):
+        raise DataError("the policy anchors text features, and its head reads no texts", "anchor.text = 0")
+    return Anchored(found, anchor) if anchor.vision or anchor.text else found
+
+
+def _objective(applied: Applied, objective: ObjectiveName, classes: int) -> Training:
     contrast = Contrastive(applied.model)
     head = next((addition for _, addition in applied.additions if isinstance(addition, ClassHead)), None)
     if objective == "classes":

@@ -24,6 +24,10 @@ class Stored(Protocol):
         """The encoded picture, or its first bytes."""
         ...
 
+    def identity(self) -> tuple[object, ...]:
+        """What tells it from others, in every process and wherever the larger file lies."""
+        ...
+
 
 Picture = Path | bytes | Stored
 

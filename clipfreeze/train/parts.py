@@ -12,6 +12,7 @@ from clipfreeze.errors import DataError, did_you_mean
 from clipfreeze.train.columns import TableFormat
 from clipfreeze.train.pairs import PairSet, picture_key, split_pairs
 from clipfreeze.train.sources import HELD_OUT_NAMES, TRAIN_NAMES, read_data
+from clipfreeze.train.stream import PairStream, read_stream
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +44,23 @@ def read_parts(
         return _warned(*_by_name(pairs, val))
     if names and not _may_be_data(val):
         raise DataError(f"{pairs.name} has no part {val!r}", f"{did_you_mean(val, names)} Or a share: --val 10%")
-    other = read_data(val, layout)
-    held_out = _known(part_names(other), HELD_OUT_NAMES)
-    return _warned(_training_part(pairs), part_of(other, held_out[0]) if held_out else other)
+    return _warned(_training_part(pairs), _measuring_part(read_data(val, layout)))
+
+
+def stream_parts(
+    urls: str, samples_per_epoch: int | None, val: str | None, layout: TableFormat | None = None
+) -> tuple[PairStream, PairSet]:
+    """A stream to train on, and other data to measure on: nothing of a stream can be held out."""
+    stream = read_stream(urls, samples_per_epoch or 0, layout)
+    if val is None or is_share(val):
+        what = f"{urls} is a stream, of which nothing can be held out" + (f": --val {val}" if val else "")
+        raise DataError(what, "give other data to measure on: --val PATH")
+    return stream, _measuring_part(read_data(val, layout))
+
+
+def is_share(val: str) -> bool:
+    """Whether it is a share, like "5%"."""
+    return _SHARE.fullmatch(val.strip()) is not None
 
 
 def part_names(pairs: PairSet) -> list[str]:
@@ -80,6 +95,12 @@ def _training_part(pairs: PairSet) -> PairSet:
         return part_of(pairs, train[0])
     rest = tuple(pair for pair in pairs if not _known([pair.split or ""], HELD_OUT_NAMES))
     return replace(pairs, pairs=rest) if rest else pairs
+
+
+def _measuring_part(pairs: PairSet) -> PairSet:
+    """The part that is for measuring, else all."""
+    held_out = _known(part_names(pairs), HELD_OUT_NAMES)
+    return part_of(pairs, held_out[0]) if held_out else pairs
 
 
 def _known(names: Sequence[str], usual: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ from clipfreeze.train.engine import gradient_notes
 from clipfreeze.train.folder import empty_folder
 from clipfreeze.train.objective import Training, training_module
 
-_CAPTIONS = ["a photo of a cat", "a diagram"]
+_CAPTION = "a photo of thing number"
 
 
 def build_and_prove(plan: Plan, model: str, pretrained: str | None, out: Path) -> Iterator[str]:
@@ -31,7 +31,7 @@ def build_and_prove(plan: Plan, model: str, pretrained: str | None, out: Path) -
         optimizer = applied.optimizer()
         yield f"{len(optimizer.param_groups)} param groups hold each of {len(plan.trainable)} tensors once"
         module = training_module(applied).train()
-        loss = module(**_batch(loaded, module, plan))
+        loss = module(**noise_batch(loaded, module, plan, 2))
         loss.backward()
         yield f"one forward and backward: loss {loss.item():.4f} on two random images"
         yield from gradient_notes(applied)
@@ -42,16 +42,20 @@ def build_and_prove(plan: Plan, model: str, pretrained: str | None, out: Path) -
             yield "which has the same random weights if it is made right after torch.manual_seed(0)"
 
 
-def _batch(loaded: models.Loaded, module: Training, plan: Plan) -> dict[str, torch.Tensor]:
-    """Images (2, 3, H, W) of noise through the model's own transform, with what the module reads beside them."""
+def noise_batch(loaded: models.Loaded, module: Training, plan: Plan, size: int) -> dict[str, torch.Tensor]:
+    """Images (size, 3, H, W) of noise through the model's own transform, with what the module reads beside them: texts
+    that differ where the plan knows no classes.
+    """
     from PIL import Image
 
-    noise = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(0, 256, (size, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     batch = {"image": torch.stack([loaded.transform(Image.fromarray(picture.numpy())) for picture in noise])}
     if module.reads_labels:
-        batch["label"] = torch.arange(2)
+        batch["label"] = torch.arange(size) % 2
     if module.reads_texts:
         prompt = text_prompt_in(plan.sites)
-        captions = list(prompt.classes[:2]) if prompt and prompt.classes else _CAPTIONS
-        batch |= {"text": Tokenizer(loaded.tokenizer, loaded.model)(captions), "concepts": torch.arange(2)}
+        known = prompt.classes if prompt and prompt.classes else [f"{_CAPTION} {number}" for number in range(size)]
+        captions = [known[number % len(known)] for number in range(size)]
+        batch["text"] = Tokenizer(loaded.tokenizer, loaded.model)(captions)
+        batch["concepts"] = torch.arange(size) % len(known)
     return batch

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +34,28 @@ from clipfreeze.train.folder import RESULTS, run_folder
 from clipfreeze.train.frontier import start_values
 from clipfreeze.train.loop import Callback, Result, fit
 from clipfreeze.train.pairs import PairSet
-from clipfreeze.train.parts import read_parts
+from clipfreeze.train.parts import part_names, read_parts, stream_parts
+from clipfreeze.train.shards import is_stream
 from clipfreeze.train.sources import demo_pairs, read_data
 from clipfreeze.train.spec import RunSpec, installed_version, read_spec, repeatable, write_spec
+from clipfreeze.train.stream import TrainingData
+from clipfreeze.train.table import TableFormat
 from clipfreeze.train.together import this_shard
 from clipfreeze.train.tuned import measure_tuned, unknown_notes
 
 log = logging.getLogger(__name__)
 
-RETAINED, FORGOTTEN = "retained", "forgotten"
-"""Names of the sets that a model shall go on to know: the user's, and the embedded model's."""
+TARGET, RETAINED, FORGOTTEN = "target", "retained", "forgotten"
+"""Names of the sets: the goal, and those that a model shall go on to know: the user's, and the embedded model's."""
+
+_MOST_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class RunData:
     """What a run trains on, and what it is measured on: the goal first."""
 
-    train: PairSet
+    train: TrainingData
     tests: dict[str, PairSet]
 
 
@@ -61,14 +67,33 @@ def run_data(spec: RunSpec, sites: Sequence[Site] = ()) -> RunData:
     """
     forgotten = {FORGOTTEN: demo_pairs(demo.PRETRAIN_STYLES[0], "test")} if spec.model == "demo" else {}
     retained = {RETAINED: read_data(spec.retain, spec.table)} if spec.retain is not None else {}
-    if spec.data is None:
-        if spec.val is not None:
-            raise DataError("--val without --data", "give both: the embedded pictures have their own test split")
-        train = demo_pairs(demo.TARGET_STYLE, "train")
-        goal = other_drawings(train) if is_closed(sites) else demo_pairs(demo.TARGET_STYLE, "test")
-        return RunData(train, {"target": goal} | retained | forgotten)
-    train, held_out = read_parts(spec.data, spec.val, spec.table, spec.seed)
-    return RunData(train, {"target": held_out} | retained | forgotten)
+    if spec.data is not None:
+        train, held_out = _parts(spec.data, spec)
+        _read.cache_clear()
+        return RunData(train, {TARGET: held_out} | retained | forgotten)
+    for option, value in (("--val", spec.val), ("--samples-per-epoch", spec.samples_per_epoch)):
+        if value is not None:
+            raise DataError(f"{option} without --data", "give both: the embedded pictures have their own test split")
+    pictures = demo_pairs(demo.TARGET_STYLE, "train")
+    goal = other_drawings(pictures) if is_closed(sites) else demo_pairs(demo.TARGET_STYLE, "test")
+    return RunData(pictures, {TARGET: goal} | retained | forgotten)
+
+
+def _parts(data: str, spec: RunSpec) -> tuple[TrainingData, PairSet]:
+    """What to train on, and what to measure on."""
+    return _read(data, spec.val, spec.samples_per_epoch, spec.table, spec.seed)
+
+
+@lru_cache(maxsize=1)
+def _read(
+    data: str, val: str | None, samples_per_epoch: int | None, layout: TableFormat, seed: int
+) -> tuple[TrainingData, PairSet]:
+    """Kept from `run_policy`, which may need the classes, to the `run_data` after it, and no longer: files change."""
+    if is_stream(data):
+        return stream_parts(data, samples_per_epoch, val, layout)
+    if samples_per_epoch is not None:
+        raise DataError(f"--samples-per-epoch is for a stream, and {data} has an end", "leave it out")
+    return read_parts(data, val, layout, seed)
 
 
 def other_drawings(train: PairSet) -> PairSet:
@@ -80,7 +105,11 @@ def other_drawings(train: PairSet) -> PairSet:
 def run_policy(spec: RunSpec) -> Policy:
     """The policy of a run, with the classes of the data where it leaves them to those."""
     policy = load_policy(spec.policy, **spec.params)
-    return with_classes(policy, run_data(spec).train) if asks_for_classes(policy) else policy
+    if not asks_for_classes(policy):
+        return policy
+    _read.cache_clear()
+    train = demo_pairs(demo.TARGET_STYLE, "train") if spec.data is None else _parts(spec.data, spec)[0]
+    return with_classes(policy, train)
 
 
 def train_run(spec: RunSpec, plan: Plan, out: Path | None = None, callbacks: Sequence[Callback] = ()) -> Result:
@@ -90,12 +119,13 @@ def train_run(spec: RunSpec, plan: Plan, out: Path | None = None, callbacks: Seq
     """
     device = make_accelerator(spec.precision).device
     data = run_data(spec, plan.sites)
-    if data.train.ignored:
-        named = f" ({', '.join(data.train.ignored_names)})" if data.train.ignored_names else ""
-        log.warning("%d files in %s are no pictures of pairs: left out%s", data.train.ignored, spec.data, named)
+    if isinstance(data.train, PairSet) and data.train.ignored and rank() == 0:
+        first = "; ".join(data.train.ignored_names[:_MOST_SHOWN])
+        log.warning("%d files or rows of %s make no pair: %s", data.train.ignored, spec.data, first)
     with _run_folder(out, plan.policy.name) as folder:
         if rank() == 0:
-            write_spec(repeatable(spec), folder)
+            parts = part_names(data.tests[TARGET]) if isinstance(data.train, PairSet) else ()
+            write_spec(repeatable(spec, parts), folder)
         loaded = _model(spec, device)
         applied = changes.apply(plan, loaded.model, tokenizer=loaded.tokenizer)
         return _fit(spec, applied, loaded, data, folder, None, callbacks)

@@ -6,6 +6,7 @@ import glob
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -44,11 +45,24 @@ class Member:
             file.seek(self.offset)
             return file.read(self.length if most < 0 else min(most, self.length))
 
+    def identity(self) -> tuple[object, ...]:
+        """Without the shard's folder."""
+        return self.shard.name, self.name, self.offset, self.length
+
 
 def is_stream(source: str) -> bool:
-    """Whether data are named by URL: pipe:COMMAND, file:PATH, https://..., hf://..., but not hf:NAME."""
+    """Whether data are named by URL: pipe:COMMAND, file:PATH, https://..., hf://...; not hf:NAME, nor a file."""
     scheme = URL.match(source)
-    return scheme is not None and (scheme[1].lower() != "hf" or source[3:5] == "//")
+    if scheme is None or (scheme[1].lower() == "hf" and source[3:5] != "//"):
+        return False
+    with suppress(OSError):  # too long for a name
+        return not Path(source).exists()
+    return True
+
+
+def is_pattern(source: str) -> bool:
+    """Whether a name may stand for several: braces, or a glob."""
+    return bool(set(source) & set("{*?["))
 
 
 def shard_paths(pattern: str) -> list[Path]:

@@ -12,7 +12,7 @@ from clipfreeze.errors import DataError, Problem, nearest
 from clipfreeze.train.hub import is_hub, read_hub
 from clipfreeze.train.pairs import LeftOut, Pair, PairSet
 from clipfreeze.train.pictures import PICTURE_SUFFIXES
-from clipfreeze.train.shards import SHARD_SUFFIXES, is_stream, read_shards, shard_paths
+from clipfreeze.train.shards import SHARD_SUFFIXES, is_pattern, is_stream, read_shards, shard_paths
 from clipfreeze.train.table import TableFormat, read_table
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -27,7 +27,7 @@ def read_data(source: str | Path, layout: TableFormat | None = None) -> PairSet:
     if is_hub(str(source)):
         return read_hub(str(source), layout, FOLDER_TEMPLATES)
     path = Path(source)
-    if is_stream(str(source)) and not path.exists():
+    if is_stream(str(source)):
         what = f"shards by URL are a stream, which can be trained on and not measured, split or looked over: {source}"
         raise DataError(what, "give local shards; for a stream in training also other data to measure on: --val")
     if not str(source).strip():
@@ -36,7 +36,7 @@ def read_data(source: str | Path, layout: TableFormat | None = None) -> PairSet:
         return _read_dir(path, layout)
     if path.is_file():
         return read_shards([path], path.stem, layout) if _is_shard(path) else read_table(path, layout)
-    if set(str(source)) & set("{*?["):
+    if is_pattern(str(source)):
         return read_shards(shard_paths(str(source)), str(source), layout)
     here = path.parent if path.parent.is_dir() else Path()
     near = nearest(path.name, [entry.name for entry in here.iterdir()])

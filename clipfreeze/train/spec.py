@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tomli
 from pydantic import Field, ValidationError
 
 from clipfreeze.errors import DataError, Problem
+from clipfreeze.policy.classes import CLASS_WORDS
 from clipfreeze.policy.loading import builtin_policies
+from clipfreeze.train.absolute import absolute
 from clipfreeze.train.folder import SPEC, write_text
+from clipfreeze.train.parts import is_share
 from clipfreeze.train.settings import TrainingSettings, checked
 from clipfreeze.train.table import TableFormat
 
+_FOLDER = "local-dir:"
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -36,11 +40,16 @@ class RunSpec(TrainingSettings):
     params: dict[str, bool | int | float | str] = Field({}, description="the policy's knobs that were set")
     model: str = Field("demo", description="what `clipfreeze.models.load` takes; demo is the embedded model")
     pretrained: str | None = Field(None, description="a tag or a checkpoint file")
-    data: str | None = Field(None, description="a table, folder, shards or hf:NAME; null: the embedded pictures")
+    data: str | None = Field(
+        None, description="a table, folder, shards, stream or hf:NAME; null: the embedded pictures"
+    )
     val: str | None = Field(
         None, description='to evaluate on: likewise, "5%" of the data, or the name of a part of them; null: the part '
         "that the data call so, else a tenth"
     )  # fmt: skip
+    samples_per_epoch: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="pairs of a stream that count as an epoch"
+    )
     retain: str | None = Field(None, description="data that the model shall go on to know, measured too")
     table: TableFormat = TableFormat()
     version: str = Field(default_factory=installed_version, description="of clipfreeze")
@@ -55,15 +64,28 @@ def run_spec(**values: Any) -> RunSpec:
     return checked(RunSpec, values)
 
 
-def repeatable(spec: RunSpec) -> RunSpec:
-    """With paths that hold from any folder."""
-    paths = {"data": spec.data, "val": spec.val, "retain": spec.retain, "pretrained": spec.pretrained}
+def repeatable(spec: RunSpec, parts: Collection[str] = ()) -> RunSpec:
+    """With paths that hold from any folder. `parts` are the names of parts of the data, one of which `val` may be."""
+    sources = {"data": spec.data, "retain": spec.retain}
+    if spec.val is not None and not is_share(spec.val) and spec.val not in parts:
+        sources["val"] = spec.val
+    changed: dict[str, Any] = {key: absolute(source) for key, source in sources.items() if source is not None}
+    if spec.table.image_root is not None:
+        changed["table"] = spec.table.model_copy(update={"image_root": str(Path(spec.table.image_root).absolute())})
     if spec.policy not in builtin_policies():
-        paths["policy"] = spec.policy
-    absolute = {key: str(Path(path).resolve()) for key, path in paths.items() if path and Path(path).exists()}
-    if spec.model.startswith("local-dir:"):
-        absolute["model"] = f"local-dir:{Path(spec.model.removeprefix('local-dir:')).resolve()}"
-    return spec.model_copy(update=absolute)
+        changed["policy"] = _if_there(spec.policy)
+    if spec.pretrained is not None:
+        changed["pretrained"] = _if_there(spec.pretrained)
+    if spec.model.startswith(_FOLDER):
+        changed["model"] = f"{_FOLDER}{Path(spec.model.removeprefix(_FOLDER)).absolute()}"
+    classes = spec.params.get("classes")
+    if isinstance(classes, str) and classes not in CLASS_WORDS:  # a file, from the user's folder
+        changed["params"] = {**spec.params, "classes": _if_there(classes)}
+    return spec.model_copy(update=changed)
+
+
+def _if_there(path: str) -> str:
+    return str(Path(path).absolute()) if Path(path).exists() else path
 
 
 def write_spec(spec: RunSpec, folder: Path) -> None:

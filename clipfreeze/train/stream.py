@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 
 from braceexpand import braceexpand
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -26,9 +26,9 @@ from clipfreeze.train.batches import (
     unbroken,
     worker_settings,
 )
-from clipfreeze.train.broken import reason
+from clipfreeze.train.broken import none_whole, reason
 from clipfreeze.train.columns import TableFormat
-from clipfreeze.train.pairs import LeftOut, Pair
+from clipfreeze.train.pairs import LeftOut, Pair, PairSet
 from clipfreeze.train.pictures import open_image
 from clipfreeze.train.shard_samples import captions_of, image_key
 from clipfreeze.train.shards import URL
@@ -49,9 +49,13 @@ class PairStream:
     encoding: str = "utf-8"
     templates: tuple[str, ...] = ("{}",)
     buffer: int = 1000  # samples, still encoded, that a worker draws from
+    class_names: ClassVar[tuple[str, ...]] = ()  # nobody knows what all its captions are
 
     def __len__(self) -> int:
         return self.samples_per_epoch
+
+
+TrainingData = PairSet | PairStream
 
 
 def read_stream(urls: str, samples_per_epoch: int, layout: TableFormat | None = None) -> PairStream:
@@ -161,7 +165,7 @@ class _Reader(IterableDataset[Any]):
                 except DataError as error:
                     broken.append(reason(error))
         if not samples:
-            return DataError(f"a whole batch is broken: {broken[0]}")
+            return none_whole(f"a whole batch of {len(pairs)} is broken", broken)
         dice = random.Random(f"{self.seed}/{self.epoch}/{step}/{self.rank}")
         samples += [dice.choice(samples) for _ in range(len(pairs) - len(samples))]
         loaded = self.load(list(samples))

@@ -30,8 +30,8 @@ class Shard:
     ) -> Tensor:
         """(count, D): row i is what `encode` gives for it on the process that has it; the same on all processes.
 
-        `encode` takes rows to (rows, D) on `device`. Its error on one process is raised on all of them, so that none
-        waits for a lost one.
+        `encode` takes rows to (rows, D) on `device`, D being 0 where nothing could be encoded. Its error on one process
+        is raised on all of them, so that none waits for a lost one.
         """
         own = self.rows(count, size)
         if self.world == 1:
@@ -41,11 +41,10 @@ class Shard:
             features = encode(own) if own else features
         except ClipfreezeError as error:
             failed = error
-        said: list[Any] = [None] * self.world
-        distributed.all_gather_object(said, (failed, features.shape[1], features.dtype))
+        said = self.told((failed, features.shape[1], features.dtype))
         if errors := [each[0] for each in said if each[0] is not None]:
             raise errors[0]
-        _, width, dtype = max(said, key=lambda each: each[1])  # a process without rows knows no width
+        _, width, dtype = max(said, key=lambda each: each[1])  # a process without pictures knows no width
         shares = [Shard(rank, self.world).rows(count, size) for rank in range(self.world)]
         longest = torch.zeros(max(map(len, shares)), width, dtype=dtype, device=device)
         longest[: len(own), : features.shape[1]] = features
@@ -55,6 +54,13 @@ class Shard:
         for rows, part in zip(shares, parts, strict=True):
             whole[rows] = part[: len(rows)]
         return whole
+
+    def told(self, value: Any) -> list[Any]:
+        """The value of each process, in their order; anything that pickles."""
+        said = [value] * self.world
+        if self.world > 1:
+            distributed.all_gather_object(said, value)
+        return said
 
 
 def this_shard() -> Shard:

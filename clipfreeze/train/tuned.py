@@ -6,17 +6,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from clipfreeze.changes import Applied
+from clipfreeze.errors import DataError
 from clipfreeze.inject.head import ClassHead
 from clipfreeze.plan.sites import Site
-from clipfreeze.train.classes import as_classes, bare, by_name, head_in, relabelled, text_prompt_in
+from clipfreeze.train.classes import as_classes, bare, by_name, head_in, is_closed, relabelled, text_prompt_in
 from clipfreeze.train.evaluate import Encoder, Metrics, by_head, measure
 from clipfreeze.train.pairs import PairSet
+from clipfreeze.train.stream import PairStream, TrainingData
 
 
-def for_training(train: PairSet, sites: Sequence[Site]) -> PairSet:
+def for_training(train: TrainingData, sites: Sequence[Site]) -> TrainingData:
     """`train` as the plan reads it: a learned prompt takes the place of templates, a class-specific one takes bare
-    class names, and a head takes labels of its classes. Raises DataError for a caption that is none of the classes.
+    class names, and a head takes labels of its classes. Raises DataError for a caption that is none of the classes, and
+    for a stream where there are classes.
     """
+    if isinstance(train, PairStream):
+        if is_closed(sites):
+            what = f"{train.name} is a stream of captions, and the policy trains on classes"
+            raise DataError(what, "give data with classes, or another policy")
+        return bare(train) if text_prompt_in(sites) else train
     if prompt := text_prompt_in(sites):
         train = by_name(relabelled(train, prompt.classes)) if prompt.classes else bare(train)
     if head := head_in(sites):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,9 +18,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clipfreeze.policy.schema import Optimizer, Schedule
+from clipfreeze.policy.schema import Anchor, Optimizer, Schedule
 from clipfreeze.train.pairs import Pair, PairSet
 
+import tiny
 from tiny import CONTEXT, VOCABULARY
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "black", "gray")
@@ -44,6 +46,16 @@ def colour_pairs(copies: int = 1, labelled: bool = False) -> PairSet:
         for colour in COLOURS
     ]
     return PairSet("colours", tuple(pairs), COLOURS if labelled else ())
+
+
+def save_tiny(folder: Path) -> str:
+    """A model with the vocabulary of open_clip's own tokenizer, as `--model` takes it."""
+    config = {"embed_dim": 16, "vision_cfg": tiny.VISION, "text_cfg": {**tiny.TEXT, "vocab_size": 49408}}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    torch.manual_seed(0)
+    model = tiny.clip_vit(text={"vocab_size": 49408})
+    save_file(dict(model.state_dict()), folder / "open_clip_model.safetensors")
+    return f"local-dir:{folder}"
 
 
 def transform(size: int = 32, train: bool = False) -> Callable[..., Tensor]:
@@ -83,7 +95,7 @@ class ByHand:
 
     def __post_init__(self) -> None:
         self.plan = SimpleNamespace(
-            schedule=Schedule(name="constant", warmup=self.warmup), optimizer=Optimizer(), sites=()
+            schedule=Schedule(name="constant", warmup=self.warmup), optimizer=Optimizer(), anchor=Anchor(), sites=()
         )
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not self.names or name in self.names)

@@ -34,7 +34,7 @@ def first(count: int, labelled: bool) -> PairSet:
 
 
 def found(shard: Shard, batch_size: int) -> dict[str, Any]:
-    """Metrics of sets of odd sizes, and what is said of a broken picture that only the last process sees."""
+    """Metrics of sets of odd sizes, of one whose last process sees nothing but broken pictures, and of none at all."""
     torch.manual_seed(0)
     model = open_clip.CLIP(16, VISION, TEXT)
     encoder = Encoder(model, Tokenizer(Words(), model), transform(), batch_size, shard=shard)
@@ -42,12 +42,14 @@ def found(shard: Shard, batch_size: int) -> dict[str, Any]:
     for labelled in (True, False):
         for count in (1, 5, 9):
             said[f"{count} {labelled}"] = asdict(measure(encoder, first(count, labelled)))
-    whole = first(5, False)
-    broken = replace(whole, pairs=(*whole.pairs[:3], replace(whole.pairs[3], image=b"no picture"), whole.pairs[4]))
+        whole = first(5, labelled)
+        bad = [replace(pair, image=b"no picture") for pair in whole]
+        broken = replace(whole, pairs=(*whole.pairs[:2], *bad[2:4], whole.pairs[4]))
+        said[f"broken {labelled}"] = asdict(measure(encoder, broken))
     try:
-        measure(encoder, broken)
+        measure(encoder, replace(whole, pairs=tuple(bad)))
     except DataError as error:
-        said["broken"] = [[problem.what, problem.fix] for problem in error.problems]
+        said["all broken"] = [[problem.what, problem.fix] for problem in error.problems]
     return said
 
 

@@ -7,54 +7,39 @@ import os
 import pickle
 import random
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import open_clip
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from torchvision.transforms import ToTensor
 
 from clipfreeze.errors import DataError, RunError
 from clipfreeze.train.batches import (
     Collate,
     Draw,
+    EvaluationLoader,
     Sample,
     Tokenizer,
+    TrainingLoader,
     TrainingSamples,
-    picture_loader,
-    training_loader,
-    unbroken,
 )
+from clipfreeze.train.broken import Broken
 from clipfreeze.train.pairs import Pair, PairSet
 
 import tiny
-from hand import Words, colour_pairs, coloured, transform
+from hand import Words, colour_pairs, transform
 
 
-def loader(pairs: PairSet, **settings: Any) -> DataLoader[Any]:
+def loader(pairs: PairSet, **settings: Any) -> TrainingLoader:
     values = {"batch_size": 3, "seed": 0, "num_workers": 0} | settings
-    return training_loader(pairs, transform(train=True), Tokenizer(Words(), tiny.clip_vit()), **values)
+    return TrainingLoader(pairs, transform(train=True), Tokenizer(Words(), tiny.clip_vit()), **values)
 
 
 def several_captions() -> PairSet:
     pairs = (replace(pair, captions=("one", "two", "three", "four")) for pair in colour_pairs())
     return PairSet("test", tuple(pairs), templates=("{}", "a {}"))
-
-
-def assert_equal_batches(first: list[Any], second: list[Any]) -> None:
-    assert len(first) == len(second)
-    for one, other in zip(first, second, strict=True):
-        assert all(torch.equal(one[key], other[key]) for key in ("image", "text", "concepts"))
-
-
-def test_workers_started_by_spawn_give_the_same_batches() -> None:
-    here = list(unbroken(loader(several_captions())))
-    spawned = loader(several_captions(), num_workers=2)
-    spawned.multiprocessing_context = "spawn"
-    assert_equal_batches(here, list(unbroken(spawned)))
 
 
 def test_what_workers_need_survives_pickling_with_open_clips_own_parts() -> None:
@@ -78,20 +63,20 @@ def test_batches_leave_the_dice_outside_alone() -> None:
 
 def test_an_epoch_has_its_own_order_and_drops_what_fills_no_batch() -> None:
     batches = loader(colour_pairs(labelled=True))
-    epochs = []
-    for epoch in range(2):
-        batches.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
-        epochs.append(torch.cat([batch["concepts"] for batch in unbroken(batches)]).tolist())
+    epochs = [torch.cat([loaded.batch["concepts"] for loaded in batches.batches(epoch)]).tolist() for epoch in range(2)]
     assert [len(set(epoch)) for epoch in epochs] == [6, 6]
     assert epochs[0] != epochs[1]
 
 
 def test_concepts_are_labels_or_else_equal_captions() -> None:
-    labelled = next(unbroken(loader(colour_pairs(labelled=True))))["concepts"]
+    def concepts(pairs: PairSet) -> torch.Tensor:
+        return next(loader(pairs).batches(0)).batch["concepts"]
+
+    labelled = concepts(colour_pairs(labelled=True))
     assert ((labelled >= 0) & (labelled < 8)).all()
     same = PairSet("test", tuple(replace(pair, captions=("the same",)) for pair in colour_pairs()))
-    assert len(next(unbroken(loader(same)))["concepts"].unique()) == 1
-    assert len(next(unbroken(loader(colour_pairs())))["concepts"].unique()) == 3
+    assert len(concepts(same).unique()) == 1
+    assert len(concepts(colour_pairs()).unique()) == 3
 
 
 def test_training_and_evaluation_see_a_photo_the_right_way_up() -> None:
@@ -102,21 +87,10 @@ def test_training_and_evaluation_see_a_photo_the_right_way_up() -> None:
     pairs = PairSet("test", (Pair(out.getvalue(), ("one",), "1"), Pair(out.getvalue(), ("two",), "2")))
     as_it_is = ToTensor()
     tokens = Tokenizer(Words(), tiny.clip_vit())
-    training = training_loader(pairs, as_it_is, tokens, batch_size=2, seed=0, num_workers=0)
-    evaluation = picture_loader(pairs, as_it_is, batch_size=2, num_workers=0)
-    assert next(unbroken(training))["image"].shape == next(unbroken(evaluation)).shape == (2, 3, 40, 20)
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_broken_picture_stops_with_its_path_and_row(tmp_path: Path, num_workers: int) -> None:
-    broken = tmp_path / "half.png"
-    broken.write_bytes(coloured("red")[:50])
-    pairs = PairSet("test", (*colour_pairs().pairs, Pair(broken, ("x",), "pairs.csv:9")))
-    with pytest.raises(DataError) as caught:
-        list(unbroken(loader(pairs, num_workers=num_workers)))
-    assert str(caught.value).startswith(f"{broken}: the picture cannot be decoded")
-    assert "from pairs.csv:9" in str(caught.value)
-    assert "Traceback" not in str(caught.value)
+    training = TrainingLoader(pairs, as_it_is, tokens, batch_size=2, seed=0, num_workers=0)
+    evaluation = EvaluationLoader(pairs, as_it_is, batch_size=2, num_workers=0)
+    (loaded,), ((_, images),) = training.batches(0), evaluation.batches(Broken(2))
+    assert loaded.batch["image"].shape == images.shape == (2, 3, 40, 20)
 
 
 def die(picture: Image.Image) -> torch.Tensor:
@@ -125,7 +99,7 @@ def die(picture: Image.Image) -> torch.Tensor:
 
 def test_a_worker_that_dies_as_in_a_script_without_a_main_guard_is_explained() -> None:
     with pytest.raises(RunError, match="a worker process ended") as caught:
-        next(unbroken(picture_loader(colour_pairs(), die, batch_size=2, num_workers=1)))
+        next(EvaluationLoader(colour_pairs(), die, batch_size=2, num_workers=1).batches(Broken(8)))
     assert "__main__" in str(caught.value)
 
 

@@ -40,7 +40,7 @@ def test_zero_shot_agrees_with_scikit_learn(family: str) -> None:
     with torch.no_grad():
         prompts = torch.stack([text_features(judge, [t.format(c) for c in COLOURS]) for t in pairs.templates])
         classes = nn.functional.normalize(prompts.mean(0), dim=-1)
-        logits = judge.model.logit_scale.exp() * image_features(judge, pairs) @ classes.T
+        logits = judge.model.logit_scale.exp() * image_features(judge, pairs)[1] @ classes.T
     labels = [pair.label for pair in pairs]
     assert (metrics.kind, metrics.images, metrics.texts) == ("zero-shot", 24, 8)
     for k in (1, 5):
@@ -57,7 +57,7 @@ def test_retrieval_counts_each_caption_and_each_image_of_it() -> None:
     metrics = measure(judge, PairSet("test", tuple(pairs)))
     judge.model.eval()
     with torch.no_grad():
-        images = image_features(judge, PairSet("test", tuple(pairs)))
+        _, images = image_features(judge, PairSet("test", tuple(pairs)))
         texts = text_features(judge, [f"{colour} 0" for colour in COLOURS] + ["any colour"])
     best_text = (images @ texts.T).argmax(1)
     best_image = (texts @ images.T).argmax(1)
@@ -136,7 +136,7 @@ def test_recall_agrees_with_torchmetrics() -> None:
     metrics = measure(judge, pairs)
     judge.model.eval()
     with torch.no_grad():
-        scores = image_features(judge, pairs) @ text_features(judge, texts).T
+        scores = image_features(judge, pairs)[1] @ text_features(judge, texts).T
     right = torch.tensor([[text in pair.captions for text in texts] for pair in pairs])
     for way, queries, answers in (("image_to_text", scores, right), ("text_to_image", scores.T, right.T)):
         rows = torch.arange(len(queries))[:, None].expand_as(queries).flatten()
@@ -160,3 +160,28 @@ def test_modes_are_as_before_and_metrics_do_not_depend_on_the_batch_size() -> No
 def test_an_empty_set_is_an_error() -> None:
     with pytest.raises(DataError, match="nothing to evaluate on"):
         measure(encoder(), PairSet("test", ()))
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_broken_pictures_are_left_out_with_their_pairs_and_told_once(
+    labelled: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    judge, good = encoder(), colour_pairs(3, labelled)
+    bad = [replace(pair, image=b"no picture", place=f"row {row}") for row, pair in enumerate(good.pairs[:6])]
+    if not labelled:
+        bad = [replace(pair, captions=("said of nothing else",)) for pair in bad]
+    mixed = replace(good, pairs=(*good.pairs[:9], *bad, *good.pairs[9:]))
+    found, whole = measure(judge, mixed), measure(judge, good)
+    assert (found.kind, found.images, found.texts) == (whole.kind, whole.images, whole.texts)
+    for name, score in whole.scores.items():
+        assert found.scores[name].value == pytest.approx(score.value, rel=1e-4)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("6 of 30 pictures of colours are broken and left out: ")
+    assert "row 4" in record.getMessage()
+    assert "row 5" not in record.getMessage()
+
+
+def test_a_set_of_broken_pictures_is_an_error() -> None:
+    bad = replace(colour_pairs(), pairs=tuple(replace(pair, image=b"no picture") for pair in colour_pairs()))
+    with pytest.raises(DataError, match="no picture of colours can be read: red 0: not a picture"):
+        measure(encoder(), bad)

@@ -20,6 +20,7 @@ from clipfreeze.train.broken import Broken
 from clipfreeze.train.pairs import Pair, PairSet
 from clipfreeze.train.pictures import open_image
 from clipfreeze.train.sources import read_data
+from clipfreeze.train.together import Shard
 
 import tiny
 from hand import Words, colour_pairs, coloured, transform
@@ -139,14 +140,15 @@ def test_pictures_in_shards_and_parquet_load_in_workers(
 
 
 def test_data_that_are_all_broken_end_the_run(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="20 pictures in a row are broken"):
+    with pytest.raises(DataError, match="20 pictures in a row are broken") as caught:
         next(loader(with_broken(tmp_path, 4, PairSet("none", ()))).batches(0))
+    assert str(caught.value).count("half") == 4
 
 
 def test_a_batch_of_all_ranks_must_be_filled() -> None:
-    with pytest.raises(DataError, match="a batch of 3 on each of 3 ranks is larger than the data") as caught:
+    with pytest.raises(DataError, match="a batch of 9 is larger than the data") as caught:
         loader(colour_pairs(), world=3)
-    assert "--batch-size 2 or less" in str(caught.value)
+    assert "--batch-size 8 or less" in str(caught.value)
 
 
 def test_labels_and_no_text() -> None:
@@ -189,9 +191,9 @@ def test_evaluation_sees_every_picture_once_but_the_broken(tmp_path: Path, world
     seen: dict[int, torch.Tensor] = {}
     broken = Broken(len(pairs))
     for rank in range(world):
-        batches = EvaluationLoader(
-            pairs, transform(), batch_size=2, num_workers=num_workers, rank=rank, world=world
-        ).batches(broken)
+        rows = Shard(rank, world).rows(len(pairs), 2)
+        loader = EvaluationLoader(pairs, transform(), batch_size=2, num_workers=num_workers, rows=rows)
+        batches = loader.batches(broken)
         for positions, images in batches:
             assert len(positions) == len(images) <= 2
             assert not set(positions.tolist()) & set(seen)

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import json
+import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import clipfreeze
 from clipfreeze import demo, models
-from clipfreeze.errors import ClipfreezeError, DataError
+from clipfreeze.errors import ClipfreezeError, DataError, InterruptedRunError
 from clipfreeze.plan.value import Plan
-from clipfreeze.train.runs import eval_run, run_data, run_policy, train_run
+from clipfreeze.train.loop import Callback, Run
+from clipfreeze.train.parts import read_parts
+from clipfreeze.train.runs import eval_run, resume_run, run_data, run_policy, train_run
 from clipfreeze.train.spec import RunSpec, read_spec
+from clipfreeze.train.table import TableFormat
 
-import tiny
-from hand import COLOURS, coloured
+from hand import COLOURS, coloured, save_tiny
 
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder that `local-dir:` takes, with a vocabulary for open_clip's own tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    config = {"embed_dim": 16, "vision_cfg": tiny.VISION, "text_cfg": {**tiny.TEXT, "vocab_size": 49408}}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    torch.manual_seed(0)
-    model = tiny.clip_vit(text={"vocab_size": 49408})
-    save_file(dict(model.state_dict()), folder / "open_clip_model.safetensors")
-    return f"local-dir:{folder}"
+    return save_tiny(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +97,38 @@ def test_a_head_of_the_data_has_the_names_of_the_class_folders(tiny_model: str, 
     assert site.classes == tuple(sorted(COLOURS))  # type: ignore[union-attr]
 
 
+def test_classes_of_the_data_and_the_data_are_read_once(
+    tmp_path: Path, tiny_model: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments[0])
+        return read_parts(*arguments)
+
+    monkeypatch.setattr("clipfreeze.train.runs.read_parts", counted)
+    data = str(pictures / "classes")
+    spec = RunSpec(policy="head", params={"classes": "data"}, model=tiny_model, data=data, epochs=1, batch_size=4)
+    train_run(spec, planned(spec), tmp_path / "run")
+    assert calls == [data]
+    for read_again in (run_data, run_policy, run_policy):
+        read_again(spec)
+    assert calls == [data] * 4
+
+
+def test_what_makes_no_pair_is_counted_and_named(
+    tmp_path: Path, tiny_model: str, pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(pictures / "classes", tmp_path / "data")
+    for number in range(7):
+        (tmp_path / "data" / f"note{number}.txt").touch()
+    spec = RunSpec(policy="logit_scale", model=tiny_model, data=str(tmp_path / "data"), epochs=1, batch_size=4)
+    train_run(spec, planned(spec), tmp_path / "run")
+    assert f"7 files or rows of {tmp_path}/data make no pair: {tmp_path}/data/note0.txt; " in caplog.text
+    assert "note4.txt" in caplog.text
+    assert "note5.txt" not in caplog.text
+
+
 def test_the_same_spec_gives_the_same_weights(tmp_path: Path, tiny_model: str, pictures: Path) -> None:
     spec = RunSpec(policy="last_n", params={"dropout": 0.5}, model=tiny_model, data=str(pictures / "classes"))
     short = spec.model_copy(update={"epochs": 1, "batch_size": 8})
@@ -108,6 +138,27 @@ def test_the_same_spec_gives_the_same_weights(tmp_path: Path, tiny_model: str, p
         weights.append(load_file(tmp_path / name / "weights.safetensors"))
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_run_repeats_from_another_folder(
+    tmp_path: Path, tiny_model: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the working folder has a folder of the name of a part."""
+    (tmp_path / "data" / "test").mkdir(parents=True)
+    rows = [f"{colour}/{n}.png,{colour},{'test' if n else 'train'}" for colour in COLOURS for n in range(2)]
+    (tmp_path / "data" / "pairs.csv").write_text("\n".join(["image,caption,split", *rows]))
+    monkeypatch.chdir(tmp_path / "data")
+    root = os.path.relpath(pictures / "classes")
+    spec = RunSpec(policy="full", model=tiny_model, data="pairs.csv", val="test", epochs=1, batch_size=4)
+    spec = spec.model_copy(update={"table": TableFormat(image_root=root)})
+    result = train_run(spec, planned(spec), tmp_path / "one")
+    monkeypatch.chdir(tmp_path)
+    assert eval_run(tmp_path / "one") == result.after
+    again = read_spec(tmp_path / "one")
+    assert train_run(again, planned(again), tmp_path / "two").after == result.after
+    assert read_spec(tmp_path / "two") == again
+    one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize(
@@ -160,3 +211,58 @@ def test_only_the_embedded_model_is_asked_what_it_forgot(tiny_model: str, pictur
     apart = run_data(RunSpec(policy="last_n", data=source, val=str(pictures / "classes"), model=tiny_model))
     assert {name: len(pairs) for name, pairs in apart.tests.items()} == {"target": 24}
     assert len(apart.train) == 24
+
+
+class StopAt(Callback):
+    """As a signal does after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, run: Run, record: Mapping[str, Any]) -> None:
+        if record["step"] == self.step:
+            run.stopping.asked = "SIGTERM"
+
+
+def test_a_run_is_resumed_from_its_folder_alone_and_another_one_is_refused(
+    tmp_path: Path, tiny_model: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tmp_path / "mine.toml"
+    text = 'name = "mine"\n[[rule]]\nmatch = "@projections"\ntrain = true\nlr = 1e-3\n'
+    policy.write_text(text)
+    data = tmp_path / "data"
+    shutil.copytree(pictures / "classes", data)
+    spec = RunSpec(policy=str(policy), model=tiny_model, data=str(data), epochs=2, batch_size=4)
+    straight = train_run(spec, planned(spec), tmp_path / "straight")
+    with pytest.raises(InterruptedRunError, match="go on with clipfreeze train --resume"):
+        train_run(spec, planned(spec), tmp_path / "run", [StopAt(4)])
+    monkeypatch.chdir(tmp_path / "run")
+
+    policy.write_text(text.replace("1e-3", "2e-3"))
+    with pytest.raises(DataError, match=r"visual.proj: lr 0.001 is now 0.002"):
+        resume_run(tmp_path / "run")
+    policy.write_text("# moved down\n\n" + text)  # says the same
+    extra = data / "red" / "another.png"
+    extra.write_bytes(coloured("red", (50, 50)))
+    with pytest.raises(DataError, match="changed since is the training data"):
+        resume_run(tmp_path / "run")
+    extra.unlink()
+    result = resume_run(tmp_path / "run")
+    assert result.after == straight.after
+    assert result.before == straight.before
+    weights = [load_file(tmp_path / name / "weights.safetensors") for name in ("straight", "run")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    with pytest.raises(DataError, match="is finished"):
+        resume_run(tmp_path / "run")
+    with pytest.raises(DataError, match="no run folder"):
+        resume_run(tmp_path)
+
+
+def test_what_is_retained_is_measured_beside_the_goal(tmp_path: Path, tiny_model: str, pictures: Path) -> None:
+    known = str(pictures / "classes")
+    spec = RunSpec(
+        policy="projections", model=tiny_model, data=str(pictures / "pairs.csv"), retain=known, epochs=1, batch_size=4
+    )
+    result = train_run(spec, planned(spec), tmp_path / "run")
+    assert list(result.after) == ["target", "retained"]
+    assert eval_run(tmp_path / "run") == result.after

@@ -12,8 +12,13 @@ from hypothesis import strategies as st
 
 from clipfreeze.errors import DataError, RunError
 from clipfreeze.train.folder import METRICS, append_json, run_folder, write_text
+from clipfreeze.train.sources import read_data
 from clipfreeze.train.spec import RunSpec, read_spec, repeatable, toml_text, write_spec
+from clipfreeze.train.stream import StreamLoader, read_stream
 from clipfreeze.train.table import TableFormat
+
+from hand import transform
+from shard_files import write_shards
 
 
 def begin(out: Path | None, policy: str = "last_n") -> Path:
@@ -127,6 +132,68 @@ def test_paths_hold_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (spec.data, spec.policy) == (str(tmp_path / "pairs.csv"), str(tmp_path / "mine.toml"))
     assert (spec.model, spec.pretrained) == (f"local-dir:{tmp_path / 'model'}", "openai")
     assert repeatable(RunSpec(policy="full")).policy == "full"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("pairs.csv", "{cwd}/pairs.csv"),
+        ("shards", "{cwd}/shards"),
+        ("{cwd}/pairs.csv", "{cwd}/pairs.csv"),
+        ("shards/{{0..3}}.tar", "{cwd}/shards/{{0..3}}.tar"),
+        ("shards/*.tar", "{cwd}/shards/*.tar"),
+        ("hf:shards", "hf:{cwd}/shards"),
+        ("hf:shards:test", "hf:{cwd}/shards:test"),
+        ("hf:cifar10:test", "hf:cifar10:test"),
+        ("file:shards/{{0..3}}.tar", "file:{cwd}/shards/{{0..3}}.tar"),
+        ("file:/shards/{{0..3}}.tar", "file:/shards/{{0..3}}.tar"),
+        ("pipe:cat shards/{{0..3}}.tar", "pipe:cat shards/{{0..3}}.tar"),
+        ("https://host/{{0..3}}.tar", "https://host/{{0..3}}.tar"),
+    ],
+)
+def test_sources_hold_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.csv").touch()
+    Path("shards").mkdir()
+    given, wanted = (text.format(cwd=tmp_path) for text in (source, expected))
+    spec = repeatable(RunSpec(policy="full", data=given, val=given, retain=given))
+    assert spec.data == spec.val == spec.retain == wanted
+    assert repeatable(spec) == spec
+
+
+def test_shards_are_found_from_any_folder_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a[b] 100%?#c"
+    folder.mkdir()
+    write_shards(folder, 2, 2)
+    monkeypatch.chdir(folder)
+    spec = repeatable(RunSpec(policy="full", data="*.tar", retain="{00000..00001}.tar", val="file:{00000..00001}.tar"))
+    monkeypatch.chdir(tmp_path)
+    assert len(read_data(str(spec.data))) == len(read_data(str(spec.retain))) == 4
+    stream = StreamLoader(read_stream(str(spec.val), 4), transform(), None, batch_size=2, seed=0, num_workers=0)
+    assert len(list(stream.batches(0))) == 2
+
+
+def test_a_share_or_a_part_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("5%", "test"):
+        Path(name).mkdir()
+    assert repeatable(RunSpec(policy="full", val="5%")).val == "5%"
+    assert repeatable(RunSpec(policy="full", val="test"), ["test"]).val == "test"
+    assert repeatable(RunSpec(policy="full", val="test")).val == str(tmp_path / "test")
+
+
+def test_files_beside_the_data_hold_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("names.txt", "store.csv"):
+        Path(name).touch()
+    Path("link.csv").symlink_to("store.csv")
+    spec = RunSpec(policy="head", params={"classes": "names.txt"}, data="link.csv", table=TableFormat(image_root="a"))
+    found = repeatable(spec)
+    assert found.params == {"classes": str(tmp_path / "names.txt")}
+    assert (found.data, found.table.image_root) == (str(tmp_path / "link.csv"), str(tmp_path / "a"))
+    assert repeatable(RunSpec(policy="head", params={"classes": "data"})).params == {"classes": "data"}
 
 
 @pytest.mark.parametrize(

@@ -50,5 +50,6 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     assert [process.returncode for process in started] == [0, 0], errors
     for size in (2, 8):
         alone = json.loads(json.dumps(found(Shard(), size)))
-        assert len(alone) == 7
+        assert len(alone) == 9
+        assert alone["broken True"]["images"] == 3
         assert [json.loads((tmp_path / f"{size}-{rank}.json").read_text()) for rank in range(2)] == [alone, alone]

@@ -167,11 +167,17 @@ def test_a_set_of_some_classes_is_measured_among_those_alone(tmp_path: Path) -> 
     metrics = measure_tuned(encoder(of), few, of)
     of.model.eval()
     with torch.no_grad():
-        logits = of.model.head(image_features(encoder(of), few))
+        logits = of.model.head(image_features(encoder(of), few)[1])
     columns = [sorted(COLOURS).index(name) for name in COLOURS[:2]]
     right = logits[:, columns].argmax(1) == torch.tensor([pair.label for pair in few])
     assert metrics.texts == 2
     assert metrics.scores["top1"].value == pytest.approx(right.float().mean().item())
+
+
+def test_a_head_is_measured_on_what_can_be_read(tmp_path: Path) -> None:
+    of = applied(tmp_path, head())
+    mixed = replace(NAMED, pairs=(replace(NAMED[3], image=b"no picture"), *NAMED))
+    assert measure_tuned(encoder(of), mixed, of) == measure_tuned(encoder(of), NAMED, of)
 
 
 def test_a_prompt_takes_the_place_of_templates_and_before_is_without_it(tmp_path: Path) -> None:
