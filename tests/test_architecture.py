@@ -14,6 +14,7 @@ PACKAGE = Path(clipfreeze.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = (  # each may import from those after it, and from its own
+    ("__main__",),
     ("cli",),
     ("train", "export"),
     ("changes", "models"),

@@ -25,7 +25,7 @@ from clipfreeze.cli import (
     survey_data,
     train_policy,
 )
-from clipfreeze.errors import ClipfreezeError
+from clipfreeze.errors import ClipfreezeError, InterruptedRunError
 
 app = typer.Typer(
     add_completion=False,
@@ -59,7 +59,8 @@ def main() -> None:
     try:
         app()
     except ClipfreezeError as error:
-        print(error, file=sys.stderr)
+        if not (isinstance(error, InterruptedRunError) and os.environ.get("RANK", "0") != "0"):  # all say the same
+            print(error, file=sys.stderr)
         sys.exit(error.exit_code)
 
 

@@ -79,6 +79,11 @@ def keep_checkpoints(folder: Path, newest: int, also: int | None) -> None:
                 shutil.rmtree(checkpoint_path(folder, step))
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run has one that is whole."""
+    return bool(_steps(folder))
+
+
 def read_checkpoint(folder: Path) -> Saved:
     """The newest checkpoint of a run. DataError where it has none that can be read."""
     steps = _steps(folder)

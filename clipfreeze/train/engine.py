@@ -86,7 +86,9 @@ class Engine:
         wrapper: Any = nn.parallel.DistributedDataParallel
         wrapper._set_params_and_buffers_to_ignore_for_model(self.module, aside)
         device = self.accelerator.device
-        self.wrapped = wrapper(self.module, device_ids=[device] if device.type == "cuda" else None)
+        self.wrapped = wrapper(
+            self.module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
 
     def update(self, batch: Batch, step: int, flags: Callable[[], list[float]]) -> Step:
         """Take step number `step`, from 1, and tell all ranks the `flags` of each. RunError where loss or the first

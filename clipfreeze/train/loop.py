@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,9 +108,11 @@ def fit(
     first step, RunError when the run fails, InterruptedRunError when a signal ended it after saving.
     """
     wanted = training_settings(**settings)
+    if resume is not None and wanted.batch_size == "auto":  # what fits now may be another number
+        wanted = wanted.model_copy(update={"batch_size": resume.state["run"]["pairs in a step"]})
     train = read_data(train) if isinstance(train, (str, Path)) else train
     sets = {name: pairs if isinstance(pairs, PairSet) else read_data(pairs) for name, pairs in (tests or {}).items()}
-    if isinstance(train, PairSet) and len({_said(pair) for pair in train}) < 2:
+    if isinstance(train, PairSet) and all(_said(pair) == _said(train[0]) for pair in train):
         raise DataError(
             f"all pairs of {train.name} say the same: there is nothing to tell apart", "give two captions or classes"
         )
@@ -199,6 +202,13 @@ class Run:
         if folder is not None:  # weights, moments, an average; and those half-written beside them
             size = sum(p.numel() * p.element_size() for p in self.applied.trainable().values())
             check_room(folder, 4 * (self.settings.keep + 2) * size + 10**6)
+        with Stopping() as self.stopping:
+            try:
+                return self._go(resume)
+            except KeyboardInterrupt:  # the second one: the first waits for the end of a step
+                raise InterruptedRunError(f"interrupted in step {self.step + 1}: {self._how_to_go_on()}") from None
+
+    def _go(self, resume: Saved | None) -> Result:
         if resume is None:
             self.before = self._measured(measure_untuned)
         else:
@@ -208,14 +218,14 @@ class Run:
             self._restore(resume)
         elif self.kept is not None:
             self._save()
-        start_trackers(self.accelerator, self.settings.trackers, folder, self.settings.model_dump())
-        bar = Journal(self.accelerator, folder, self.total_steps, self.step, self.settings.trackers)
-        with bar as self.journal, Stopping() as self.stopping:
+        settings = self.settings
+        start_trackers(self.accelerator, settings.trackers, self.folder, settings.model_dump())
+        with Journal(self.accelerator, self.folder, self.total_steps, self.step, settings.trackers) as self.journal:
             if resume is None:
                 self._tell(warmup_notes(self.applied, self.total_steps, self.steps_per_epoch))
                 for name, pairs in self.sets.items():
                     self._tell(unknown_notes(name, pairs, self.applied.plan.sites))
-                set_seed(self.settings.seed, device_specific=True)
+                set_seed(settings.seed, device_specific=True)
             else:
                 self._restore_dice(resume)
                 if resume.state["readers"] != self._readers():
@@ -226,12 +236,8 @@ class Run:
                 f"{self.accelerator.device}, from step {self.step}"
             )
             self.waited, started = 0.0, time.monotonic()
-            try:
-                self._train()
-            except KeyboardInterrupt:  # the second one: the first waits for the step
-                raise InterruptedRunError(f"interrupted in step {self.step + 1}: {self._how_to_go_on()}") from None
-            seconds = time.monotonic() - started
-            return self._finish(seconds)
+            self._train()
+            return self._finish(time.monotonic() - started)
 
     def stop(self, reason: str) -> None:
         """End the run as soon as all ranks know, within a step, as if that had been its last."""
@@ -419,11 +425,16 @@ class Run:
     def _facts(self) -> dict[str, Any]:
         """What must be the same when the run goes on."""
         return {
-            "training data": digest_of(self.train),
+            "training data": self.digest,
             "pairs in a step": self.batch_size,
             "steps in an epoch": self.steps_per_epoch,
             "steps": self.total_steps,
         }
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the training data, read once: it takes microseconds a pair."""
+        return digest_of(self.train)
 
     def _restore(self, saved: Saved) -> None:
         """Stand where the checkpoint was taken. DataError where this is another run."""

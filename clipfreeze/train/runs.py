@@ -25,13 +25,14 @@ from clipfreeze.plan.value import Plan
 from clipfreeze.policy.loading import Policy, load_policy
 from clipfreeze.stored import PLAN, WEIGHTS, read_plan
 from clipfreeze.train.batches import Tokenizer
-from clipfreeze.train.checkpoints import Saved, read_checkpoint
+from clipfreeze.train.checkpoints import Saved, has_checkpoint, read_checkpoint
 from clipfreeze.train.classes import asks_for_classes, is_closed, with_classes
 from clipfreeze.train.distributed import everyones, rank
 from clipfreeze.train.engine import few, make_accelerator
 from clipfreeze.train.evaluate import Encoder, Metrics
 from clipfreeze.train.folder import RESULTS, run_folder
 from clipfreeze.train.frontier import start_values
+from clipfreeze.train.journal import cut_metrics
 from clipfreeze.train.loop import Callback, Result, fit
 from clipfreeze.train.pairs import PairSet
 from clipfreeze.train.parts import part_names, read_parts, stream_parts
@@ -132,20 +133,27 @@ def train_run(spec: RunSpec, plan: Plan, out: Path | None = None, callbacks: Seq
 
 
 def resume_run(folder: Path, callbacks: Sequence[Callback] = ()) -> Result:
-    """Go on from the newest checkpoint of a run, as if it had never stopped. DataError where the policy, the data or
-    the model is not what it was, or the run is finished."""
+    """Go on from the newest checkpoint of a run, as if it had never stopped; from its start where it has none yet.
+    DataError where the policy, the data or the model is not what it was, or the run is finished."""
     spec = read_spec(folder)
     if (folder / RESULTS).is_file():
         raise DataError(f"the run in {folder} is finished", f"clipfreeze eval {folder}; for more epochs, train anew")
-    saved = read_checkpoint(folder)
+    saved = read_checkpoint(folder) if has_checkpoint(folder) else None
     if spec.version != installed_version():
         log.warning("the run was started with clipfreeze %s, this is %s", spec.version, installed_version())
     device = make_accelerator(spec.precision).device
     loaded = _model(spec, device)
-    was, now = read_plan(saved.path / PLAN), resolve(run_policy(spec), describe(loaded.model, spec.model))
-    _refuse_another_plan(was, now, folder)
-    data = run_data(spec, was.sites)
-    return _fit(spec, changes.load(saved.path, loaded.model), loaded, data, folder, saved, callbacks)
+    plan = resolve(run_policy(spec), describe(loaded.model, spec.model))
+    data = run_data(spec, plan.sites)
+    if saved is None:
+        log.warning("%s has no checkpoint yet: the run begins anew", folder)
+        if rank() == 0:
+            cut_metrics(folder, 0)
+        applied = changes.apply(plan, loaded.model, tokenizer=loaded.tokenizer)
+    else:
+        _refuse_another_plan(read_plan(saved.path / PLAN), plan, folder)
+        applied = changes.load(saved.path, loaded.model)
+    return _fit(spec, applied, loaded, data, folder, saved, callbacks)
 
 
 def _fit(

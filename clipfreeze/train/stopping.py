@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -12,10 +13,14 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
 
 
 class Stopping:
-    """While entered, the first signal is kept in `asked`; a second Ctrl-C interrupts at once."""
+    """While entered, the first signal is kept in `asked`; a second Ctrl-C interrupts at once.
+
+    Not within a second: a launcher passes on to its processes the Ctrl-C that the terminal has sent them already.
+    """
 
     def __init__(self) -> None:
         self.asked: str | None = None
+        self._since = 0.0
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Stopping:
@@ -29,6 +34,7 @@ class Stopping:
             signal.signal(number, former)
 
     def _keep(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is not None and number == signal.SIGINT:
+        if self.asked is None:
+            self.asked, self._since = signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > 1:
             raise KeyboardInterrupt
-        self.asked = signal.Signals(number).name

@@ -79,7 +79,7 @@ def test_explain_and_diff_and_roles(cli):
     assert code == 0
     assert out.count("vision.blocks[9]") == out.count("text.blocks[9]") == 1
     same = json.loads(cli("diff", "last_n", "last_n", "--format", "json")[1])
-    assert same == {"parameters": [], "optimizer": {}, "schedule": {}, "phases": {}}
+    assert same == {"parameters": [], "optimizer": {}, "schedule": {}, "anchor": {}, "phases": {}}
     assert "name adamw -> sgd" in cli("diff", "last_n", "norm_bias")[1]
     code, out, _ = cli("roles", "RN50")
     assert code == 0

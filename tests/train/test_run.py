@@ -238,6 +238,9 @@ def test_a_run_is_resumed_from_its_folder_alone_and_another_one_is_refused(
         train_run(spec, planned(spec), tmp_path / "run", [StopAt(4)])
     monkeypatch.chdir(tmp_path / "run")
 
+    anew = resume_run(_before_its_first_checkpoint(tmp_path / "run", tmp_path / "early"))
+    assert anew.after == straight.after
+
     policy.write_text(text.replace("1e-3", "2e-3"))
     with pytest.raises(DataError, match=r"visual.proj: lr 0.001 is now 0.002"):
         resume_run(tmp_path / "run")
@@ -256,6 +259,13 @@ def test_a_run_is_resumed_from_its_folder_alone_and_another_one_is_refused(
         resume_run(tmp_path / "run")
     with pytest.raises(DataError, match="no run folder"):
         resume_run(tmp_path)
+
+
+def _before_its_first_checkpoint(run: Path, copy: Path) -> Path:
+    """As a kill would leave it."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints")
+    return copy
 
 
 def test_what_is_retained_is_measured_beside_the_goal(tmp_path: Path, tiny_model: str, pictures: Path) -> None:
