@@ -24,6 +24,8 @@ EPOCHS = 10
 BATCH_SIZE = 128
 KNOBS: dict[str, dict[str, float | str]] = {
     "full": {"lr": 1e-4, "lr_projections": 1e-3, "lr_logit_scale": 1e-2},
+    "lp_ft": {"lr": 1e-4, "lr_projections": 1e-3, "lr_logit_scale": 1e-2},
+    "gradual": {"lr": 1e-4, "lr_projections": 1e-3, "lr_logit_scale": 1e-2},
     "text_only": {"lr": 3e-4, "lr_projections": 1e-3, "lr_logit_scale": 1e-2},
     "vision_only": {"lr": 1e-4, "lr_projections": 1e-3, "lr_logit_scale": 1e-2},
     "projections": {"lr": 3e-3, "lr_logit_scale": 1e-2},
@@ -39,7 +41,8 @@ KNOBS: dict[str, dict[str, float | str]] = {
     "head": {"classes": "data", "lr": 1e-2},
 }
 """Policy: the knobs for tuning on TARGET_STYLE, found on its val split (the head's on the drawings of its val and test
-splits in CLOSED_STYLE: the run itself is measured on those of the train split). A model this small takes larger steps
+splits in CLOSED_STYLE: the run itself is measured on those of the train split; those of lp_ft and gradual are full's).
+A model this small takes larger steps
 than the published rates, which are for ViT-B and larger; a policy not here keeps its own."""
 
 
