@@ -42,8 +42,8 @@ KNOBS: dict[str, dict[str, float | str]] = {
 }
 """Policy: the knobs for tuning on TARGET_STYLE, found on its val split (the head's on the drawings of its val and test
 splits in CLOSED_STYLE: the run itself is measured on those of the train split; those of lp_ft and gradual are full's).
-A model this small takes larger steps
-than the published rates, which are for ViT-B and larger; a policy not here keeps its own."""
+A model this small takes larger steps than the published rates, which are for ViT-B and larger; a policy not here keeps
+its own."""
 
 
 @dataclass(frozen=True)
