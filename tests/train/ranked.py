@@ -13,6 +13,7 @@ from torch import Tensor, distributed
 
 import clipfreeze
 from clipfreeze.changes import Applied
+from clipfreeze.pieces import whole
 from clipfreeze.train.checkpoints import CHECKPOINTS, read_checkpoint
 from clipfreeze.train.distributed import everyones, rank, world_size
 from clipfreeze.train.engine import Engine, make_accelerator
@@ -80,12 +81,13 @@ def task_gradients(folder: Path) -> None:
 
 
 def training(folder: Path, policy: str, **settings: Any) -> Result:
-    of = applied(policy, **settings.pop("knobs", {}))
+    family = settings.pop("family", "clip_vit")
+    of = applied(policy, family, **settings.pop("knobs", {}))
     resume = read_checkpoint(folder) if (folder / CHECKPOINTS).exists() else None
     if resume is not None:
         of.remove()
         torch.manual_seed(0)
-        of = clipfreeze.load(resume.path, tiny.FAMILIES["clip_vit"]())
+        of = clipfreeze.load(resume.path, tiny.FAMILIES[family]())
     folder.mkdir(exist_ok=True)
     values: dict[str, Any] = {"epochs": 4, "batch_size": 8, "evaluate_every": "2 steps", "keep": 9} | settings
     result = fit(
@@ -99,7 +101,7 @@ def training(folder: Path, policy: str, **settings: Any) -> Result:
         resume=resume,
         **{name: value for name, value in values.items() if name != "pairs"},
     )
-    weights = {name: p.detach().clone() for name, p in of.trainable().items()}
+    weights = {name: whole(p).detach().clone() for name, p in of.trainable().items()}
     for other in everyones(weights):
         assert all(torch.equal(other[name], weights[name]) for name in weights), "ranks drifted apart"
     return result
@@ -117,6 +119,20 @@ def task_training(folder: Path) -> None:
     assert all(names == told[0] for names in told)
     if rank() == 0:
         (folder / f"broken {name}.json").write_text(json.dumps(result.broken))
+
+
+SPLIT: dict[str, dict[str, Any]] = {
+    "full": {"ema": 0.9, "clip_grad": 0.5, "best": "nll"},
+    "lora": {"family": "siglip"},
+    "text_only": {"micro_batch": 1},
+    "lp_ft": {"knobs": {"probe": "50%"}},
+}
+"""Policies with all of it, with what is added, with a frozen tower, with phases."""
+
+
+def task_sharded(folder: Path) -> None:
+    for policy, settings in SPLIT.items():
+        training(folder / f"{policy} {world_size()}", policy, shard=world_size() > 1, **settings)
 
 
 def task_resume(folder: Path) -> None:
