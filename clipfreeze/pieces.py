@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, distributed, nn
 
@@ -18,27 +19,26 @@ def in_pieces(tensor: Tensor) -> bool:
 
 def piece(tensor: Tensor) -> Tensor:
     """What this rank holds of it, in the same memory, without gradient."""
-    if not in_pieces(tensor):
-        return tensor.detach()
-    held: Tensor = tensor.detach().to_local()  # type: ignore[operator]
-    return held
+    held: Any = tensor.detach()
+    own: Tensor = held.to_local() if in_pieces(tensor) else held
+    return own
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Of all pieces: the ranks ask for the same tensors in the same order, and get the same."""
-    if not in_pieces(tensor):
-        return tensor
-    gathered: Tensor = tensor.full_tensor()  # type: ignore[operator]
+    held: Any = tensor
+    gathered: Tensor = held.full_tensor() if in_pieces(tensor) else held
     return gathered
 
 
 def cut_like(value: Tensor, tensor: Tensor) -> Tensor:
-    """A whole value, which each rank has, in pieces as `tensor` is: a copy where that is. Nothing is sent."""
+    """A copy, where `tensor` is, of a value that each rank has whole; in pieces if that is. Nothing is sent."""
     if not in_pieces(tensor):
         return value.detach().to(tensor.device, copy=True)
     from torch.distributed.tensor import distribute_tensor
 
-    cut = distribute_tensor(value.detach(), tensor.device_mesh, tensor.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    held: Any = tensor
+    cut: Tensor = distribute_tensor(value.detach(), held.device_mesh, held.placements, src_data_rank=None)
     return cut.to(tensor.device, copy=True)
 
 

@@ -23,7 +23,9 @@ _DIGESTS = "sha256 of the base and of these weights"
 
 
 def write_policy(folder: Path, plan: Plan, tensors: Mapping[str, Tensor], base: str) -> None:
-    """Plan and tensors, which are on the CPU; `base` is the digest of what they belong to. Raises RunError in the system's words."""
+    """Plan and tensors, which are on the CPU; `base` is the digest of what they belong to. Raises RunError in the
+    system's words.
+    """
     with _saving(folder / WEIGHTS) as unfinished:
         save_file(dict(tensors), unfinished, {_DIGESTS: f"{base} {digest_of(tensors)}"})
     with _saving(folder / PLAN) as unfinished:

@@ -135,7 +135,7 @@ class Run:
         self.applied, self.train, self.sets, self.settings = applied, train, sets, settings
         self.accelerator: Any = make_accelerator(settings.precision)
         if settings.shard:
-            check_sharding(settings, applied.plan.optimizer)
+            check_sharding(settings, applied.plan.optimizer, self.accelerator)
         tokens = Tokenizer(tokenizer, applied.model)
         pairs = for_training(train, applied.plan.sites)
         module = training_module(applied, settings.objective, len(pairs.class_names))
@@ -167,7 +167,9 @@ class Run:
             tokens,
             transform,
             num_workers=settings.num_workers or 0,
-            shard=Shard() if settings.shard else this_shard(),  # ranks gather a split model at each batch, so have the same
+            shard=Shard()
+            if settings.shard
+            else this_shard(),  # ranks gather a split model at each batch, so have the same
         )
         self.steps_per_epoch = len(self.loader)
         self.total_steps = settings.epochs * self.steps_per_epoch

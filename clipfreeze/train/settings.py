@@ -34,7 +34,7 @@ class TrainingSettings(Spec):
         None, description="pairs of a rank's batch through the encoders at once, with the batch's own gradients"
     )
     shard: bool = Field(
-        False, description="split the model's weights, gradients and moments over the ranks (FSDP2), of which there are several"
+        False, description="split the model's weights, gradients and moments over the ranks, of which it takes several"
     )
     objective: ObjectiveName = Field(
         "auto", description="contrastive, classes (cross-entropy over class prompts), or auto: as the policy asks"

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from clipfreeze.anatomy.parts import TOWERS
 from clipfreeze.anatomy.partition import find_tower
+from clipfreeze.anatomy.parts import TOWERS
 from clipfreeze.changes import Applied
 from clipfreeze.errors import DataError, Problem
 from clipfreeze.inject.factor import stand_ins_aside
@@ -24,25 +24,28 @@ from clipfreeze.policy.schema import Optimizer
 from clipfreeze.train.distributed import summed, world_size
 from clipfreeze.train.settings import TrainingSettings
 
-ELEMENTWISE = ("adadelta", "adagrad", "adam", "adamax", "adamw", "nadam", "radam", "rmsprop", "rprop", "sgd")
-"""Optimizers of torch of which a step does to each weight what it does to that weight alone."""
+ELEMENTWISE = ("adadelta", "adagrad", "adam", "adamax", "adamw", "nadam", "radam", "rmsprop", "sgd")
+"""Optimizers of torch of which a step looks at each weight alone, by means that pieces have."""
 
 
-def check_sharding(settings: TrainingSettings, optimizer: Optimizer) -> None:
+def check_sharding(settings: TrainingSettings, optimizer: Optimizer, accelerator: Any) -> None:
     """DataError for what does not go with a split model."""
-    if problems := list(_problems(settings, optimizer)):
+    if problems := list(_problems(settings, optimizer, accelerator)):
         raise DataError(problems)
 
 
-def _problems(settings: TrainingSettings, optimizer: Optimizer) -> Iterator[Problem]:
+def _problems(settings: TrainingSettings, optimizer: Optimizer, accelerator: Any) -> Iterator[Problem]:
     if world_size() == 1:
-        yield Problem("shard splits the model over several ranks, and this is one", "torchrun --nproc-per-node 2 ...")
-    if "ignored_params" not in inspect.signature(_fully_shard()).parameters:
-        yield Problem(f"shard needs a newer torch than {torch.__version__}", "pip install -U torch")
+        fix = "torchrun --nproc-per-node 2 -m clipfreeze train ..., or leave out shard (--no-shard)"
+        yield Problem("shard splits the model over several ranks, and this is the only one", fix)
+    elif not _is_new_enough():
+        yield Problem(f"shard needs torch 2.7, and this is {torch.__version__}", "install a newer torch")
     if settings.batch_size == "auto":
-        yield Problem('batch_size "auto" does not go with shard: it tries sizes on a whole model', "say a number")
-    if settings.precision == "fp16":
-        yield Problem("fp16 does not go with shard: its loss scaling looks at whole gradients", "precision bf16 or fp32")
+        yield Problem("batch_size auto does not go with shard: it measures a whole model", "give a number")
+    if accelerator.scaler is not None:
+        yield Problem(
+            "fp16 does not go with shard: its loss scaling looks at whole gradients", "precision bf16 or fp32"
+        )
     if optimizer.name.lower() not in ELEMENTWISE:
         what = f"the optimizer {optimizer.name} does not go with shard: its step may look at whole weights"
         yield Problem(what, f"one of {', '.join(ELEMENTWISE)}")
@@ -50,10 +53,11 @@ def _problems(settings: TrainingSettings, optimizer: Optimizer) -> Iterator[Prob
         yield Problem(f"the option {said[0]} of {optimizer.name} does not go with shard", "leave it out")
 
 
-def _fully_shard() -> Any:
-    import torch.distributed.fsdp as fsdp
+def _is_new_enough() -> bool:
+    from torch.distributed import fsdp
 
-    return getattr(fsdp, "fully_shard", print)
+    made = vars(fsdp).get("fully_shard")
+    return made is not None and "ignored_params" in inspect.signature(made).parameters
 
 
 def split_model(applied: Applied, device: torch.device) -> None:
@@ -62,7 +66,7 @@ def split_model(applied: Applied, device: torch.device) -> None:
     To be called by all ranks, with the same values, before there is an optimizer. Parameters keep their names.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     model = applied.model
     mesh = init_device_mesh(device.type, (world_size(),))
@@ -71,7 +75,7 @@ def split_model(applied: Applied, device: torch.device) -> None:
         parameter.data = parameter.data.to(device)
     modules: list[Any] = [*_units(model), model]
     for module in modules:  # the model too is cut again after each forward: others read and write its parameters then
-        _fully_shard()(module, mesh=mesh, reshard_after_forward=True, ignored_params=aside)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=aside)
     with stand_ins_aside(model):  # the first gathering reads parameters as attributes
         for module in modules:
             module.unshard()
@@ -112,11 +116,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return
-    cut, kept = 0.0, 0.0
+    device = gradients[0].device
+    squares = {cut: torch.zeros((), device=device) for cut in (True, False)}
     for gradient in gradients:
-        square = piece(gradient).double().square().sum().item()
-        cut, kept = (cut + square, kept) if in_pieces(gradient) else (cut, kept + square)
-    [cut] = summed([cut], gradients[0].device)
-    scale = min(1.0, most / ((cut + kept) ** 0.5 + 1e-6))
+        squares[in_pieces(gradient)] += piece(gradient).float().square().sum()
+    [cut] = summed([squares[True].item()], device)
+    scale = min(1.0, most / ((cut + squares[False].item()) ** 0.5 + 1e-6))
     for gradient in gradients:
         piece(gradient).mul_(scale)
