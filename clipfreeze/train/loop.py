@@ -162,15 +162,8 @@ class Run:
         else:
             self.batch_size = settings.batch_size
         self.loader = loader(self.batch_size)
-        self.encoder = Encoder(
-            applied.model,
-            tokens,
-            transform,
-            num_workers=settings.num_workers or 0,
-            shard=Shard()
-            if settings.shard
-            else this_shard(),  # ranks gather a split model at each batch, so have the same
-        )
+        shard = Shard() if settings.shard else this_shard()  # a split model works on all ranks at once or on none
+        self.encoder = Encoder(applied.model, tokens, transform, num_workers=settings.num_workers or 0, shard=shard)
         self.steps_per_epoch = len(self.loader)
         self.total_steps = settings.epochs * self.steps_per_epoch
         set_seed(settings.seed)
