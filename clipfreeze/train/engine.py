@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from clipfreeze.changes import Applied
 from clipfreeze.errors import DataError, RunError
-from clipfreeze.pieces import whole
+from clipfreeze.pieces import piece, whole
 from clipfreeze.train.accumulate import backward_in_chunks
 from clipfreeze.train.batches import Batch
 from clipfreeze.train.distributed import summed, world_size
@@ -127,8 +127,8 @@ class Engine:
 
     def check_weights(self, step: int) -> None:
         """RunError where a weight that was trained is no finite number."""
-        trained = self.applied.trainable()
-        if bad := [name for name in trained if name in self.reached and not _is_finite(trained[name])]:
+        reached = {name: weight for name, weight in self.applied.trainable().items() if name in self.reached}
+        if bad := _not_finite(reached):
             raise RunError(f"weights are not finite numbers after step {step}: {few(bad)}", "lower the lr")
 
     def _here(self, batch: Batch) -> Batch:
@@ -162,14 +162,17 @@ class Engine:
 def gradient_notes(applied: Applied) -> list[str]:
     """Which of the parameters that train now the loss does not reach; RunError when a gradient is not finite."""
     gradients = {name: p.grad for name, p in applied.training().items()}
-    if bad := [name for name, grad in gradients.items() if grad is not None and not _is_finite(grad)]:
+    if bad := _not_finite({name: grad for name, grad in gradients.items() if grad is not None}):
         raise RunError(f"no finite gradient in the first step: {few(bad)}", "look for nan or inf in the weights")
     idle = [name for name, grad in gradients.items() if grad is None]
     return [f"no gradient in the first step, so these stay as they are: {few(idle)}"] if idle else []
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(whole(tensor).isfinite().all())
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of those that have other numbers, on any rank."""
+    pieces = [piece(tensor) for tensor in tensors.values()]
+    bad = summed([float(not held.isfinite().all()) for held in pieces], pieces[0].device) if pieces else []
+    return [name for name, ranks in zip(tensors, bad, strict=True) if ranks]
 
 
 def few(names: Iterable[str]) -> str:
