@@ -86,7 +86,9 @@ def run(
     retain_floor: Annotated[
         float | None, typer.Option(metavar="SHARE", help="end when the retained set's score falls below this share")
     ] = None,
-    on_floor: Annotated[str, typer.Option(help="then: rollback to the last weights above it, or stop")] = "rollback",
+    on_floor: Annotated[
+        str | None, typer.Option(help="then: rollback (the default) to the last weights above it, or stop")
+    ] = None,
     track: Annotated[
         list[str], typer.Option(metavar="NAME", help="tensorboard, wandb, mlflow or trackio; may be repeated")
     ] = [],  # noqa: B006
@@ -136,7 +138,7 @@ def run(
             "encoding": encoding,
         },
         epochs=epochs or (demo.EPOCHS if data is None else 5),
-        batch_size=_size(batch_size) or (demo.BATCH_SIZE if data is None else 64),
+        batch_size=_size(batch_size) if batch_size is not None else (demo.BATCH_SIZE if data is None else 64),
         micro_batch=micro_batch,
         shard=bool(shard),
         objective=objective,
@@ -192,6 +194,6 @@ def _print(result: Result, retain_floor: float | None) -> None:
         print_frontier(result.folder, {}, retain_floor, Format.table)
 
 
-def _size(said: str | None) -> Any:
+def _size(said: str) -> Any:
     """As the settings take it; they say what is wrong with anything else."""
-    return int(said) if said is not None and said.isdigit() else said
+    return int(said) if said.isdigit() else said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -294,8 +295,17 @@ def worker_settings(num_workers: int) -> dict[str, Any]:
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
         "pin_memory": torch.cuda.is_available(),
+        "worker_init_fn": leave_signals_alone if num_workers else None,
         "generator": torch.Generator(),  # else each pass draws a number from the dice that dropout throws
     }
+
+
+def leave_signals_alone(worker: int) -> None:
+    """Launchers and schedulers signal a whole group, and the run still needs its workers to finish its step; they end
+    with it."""
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _order(size: int, seed: int, epoch: int) -> list[int]:

@@ -113,7 +113,8 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _steps(folder: Path) -> list[int]:
     """Of the whole checkpoints, in order."""
-    return sorted(int(path.name.removeprefix("step-")) for path in (folder / CHECKPOINTS).glob("step-*"))
+    names = (path.name.removeprefix("step-") for path in (folder / CHECKPOINTS).glob("step-*"))
+    return sorted(int(name) for name in names if name.isdigit())  # others are the user's
 
 
 def _to_disk(path: Path) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -34,11 +34,15 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
 
     "auto" is bf16 where CUDA has it, fp32 elsewhere. DataError for fp16 without CUDA.
     """
-    if AcceleratorState._shared_state:  # a script has made one, with a precision of its own
-        return Accelerator()
     cuda = torch.cuda.is_available()
     if precision == "fp16" and not cuda:
         raise DataError("fp16 needs a CUDA device", "precision bf16 or fp32")
+    if AcceleratorState._shared_state:  # made before in this process, by us or by a script
+        accelerator = Accelerator()
+        if precision != "auto" and accelerator.mixed_precision != ("no" if precision == "fp32" else precision):
+            what = f"this process computes in {accelerator.mixed_precision} already (no: fp32), not in {precision}"
+            raise DataError(what, "precision auto, or a process of its own")
+        return accelerator
     if precision == "auto":
         precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
     return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=not cuda)
@@ -107,14 +111,16 @@ class Engine:
         else:
             with self.accelerator.autocast():
                 loss = self.wrapped(**batch)
+            if not loss.requires_grad:
+                raise RunError("the loss reaches nothing that trains", "another objective, or another policy")
             self.accelerator.backward(loss)
         if self.settings.shard:
             average_gradients(self._trained().values())
         total, *told = summed([loss.item(), *flags()], loss.device)
         taken = Step(total / world_size(), told)
         self._check_loss(taken.loss, step)
-        if self.unproved and math.isfinite(taken.loss) and self.accelerator.scaler is None:
-            self.notes += gradient_notes(self.applied)
+        if self.unproved and math.isfinite(taken.loss):
+            self.notes += gradient_notes(self.applied, scaled=self.accelerator.scaler is not None)
             self.unproved = False
         self.reached |= {name for name, p in self._trained().items() if p.grad is not None}
         if self.settings.clip_grad is not None and self.settings.shard:
@@ -122,6 +128,7 @@ class Engine:
         elif self.settings.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self._trained().values(), self.settings.clip_grad)
         self.optimizer.step()
+        self._count_skipped(taken.loss, step)
         self.scheduler.step()
         self.optimizer.zero_grad()
         return taken
@@ -153,22 +160,27 @@ class Engine:
         return reached
 
     def _check_loss(self, loss: float, step: int) -> None:
-        if math.isfinite(loss):
-            self.skipped = 0
-            return
-        self.skipped += 1
-        if self.accelerator.scaler is not None and self.skipped < _MOST_SKIPPED:
-            return  # the scaler finds the gradients not finite, leaves the step out, and scales less
+        if not math.isfinite(loss) and self.accelerator.scaler is None:
+            self._give_up(loss, step)
+
+    def _count_skipped(self, loss: float, step: int) -> None:
+        """A scaler that finds gradients not finite leaves the step out and scales less; not for ever."""
+        self.skipped = self.skipped + 1 if self.optimizer.step_was_skipped else 0
+        if self.skipped >= _MOST_SKIPPED:
+            self._give_up(loss, step)
+
+    def _give_up(self, loss: float, step: int) -> NoReturn:
         rates = ", ".join(f"{group['name']} {group['lr']:g}" for group in self.optimizer.param_groups)
         what = f"the loss is {loss} at step {step} (lr: {rates}; {_largest(self._trained())})"
         good = f"; the last good checkpoint is {self.last_good}" if self.last_good else ""
         raise RunError(what + good, "lower the lr, lengthen the warmup, or clip gradients: --clip-grad 1")
 
 
-def gradient_notes(applied: Applied) -> list[str]:
-    """Which of the parameters that train now the loss does not reach; RunError when a gradient is not finite."""
+def gradient_notes(applied: Applied, scaled: bool = False) -> list[str]:
+    """Which of the parameters that train now the loss does not reach; RunError when a gradient is not finite, unless it
+    is scaled: the scaler looks to that."""
     gradients = {name: p.grad for name, p in applied.training().items()}
-    if bad := _not_finite({name: grad for name, grad in gradients.items() if grad is not None}):
+    if not scaled and (bad := _not_finite({name: grad for name, grad in gradients.items() if grad is not None})):
         raise RunError(f"no finite gradient in the first step: {few(bad)}", "look for nan or inf in the weights")
     idle = [name for name, grad in gradients.items() if grad is None]
     return [f"no gradient in the first step, so these stay as they are: {few(idle)}"] if idle else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -35,13 +36,14 @@ from clipfreeze.train.distributed import everyones, rank, wait_for_all, world_si
 from clipfreeze.train.ema import Average
 from clipfreeze.train.engine import Engine, make_accelerator
 from clipfreeze.train.evaluate import Encoder, Metrics, Score
-from clipfreeze.train.folder import RESULTS, check_room, write_text
+from clipfreeze.train.folder import CHECKPOINTS, METRICS, RESULTS, check_room, write_text
 from clipfreeze.train.journal import Journal, check_trackers, cut_metrics, memory_mb, start_trackers
 from clipfreeze.train.objective import training_module
 from clipfreeze.train.pairs import Pair, PairSet
+from clipfreeze.train.parts import measuring_part, training_part
 from clipfreeze.train.remarks import collapse_notes, decline_notes, warmup_notes
 from clipfreeze.train.retain import RetainFloor
-from clipfreeze.train.settings import TrainingSettings, training_settings
+from clipfreeze.train.settings import FIXED, TrainingSettings, training_settings
 from clipfreeze.train.sharding import check_sharding, split_model
 from clipfreeze.train.sources import read_data
 from clipfreeze.train.stopping import Stopping
@@ -91,7 +93,7 @@ def fit(
     tokenizer: Callable[..., Tensor],
     transform: Transform,
     train_transform: Transform | None = None,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     retain: str | None = None,
     callbacks: Sequence[Callback] = (),
     resume: Saved | None = None,
@@ -113,8 +115,13 @@ def fit(
     wanted = training_settings(**settings)
     if resume is not None and wanted.batch_size == "auto":  # what fits now may be another number
         wanted = wanted.model_copy(update={"batch_size": resume.state["run"]["pairs in a step"]})
-    train = read_data(train) if isinstance(train, (str, Path)) else train
-    sets = {name: pairs if isinstance(pairs, PairSet) else read_data(pairs) for name, pairs in (tests or {}).items()}
+    train = training_part(read_data(train)) if isinstance(train, (str, Path)) else train
+    sets = {
+        name: pairs if isinstance(pairs, PairSet) else measuring_part(read_data(pairs))
+        for name, pairs in (tests or {}).items()
+    }
+    if wanted.evaluates is not None and not sets:
+        raise DataError("there is nothing to measure under way", "give tests, or leave out evaluate_every")
     if isinstance(train, PairSet) and all(_said(pair) == _said(train[0]) for pair in train):
         raise DataError(
             f"all pairs of {train.name} say the same: there is nothing to tell apart", "give two captions or classes"
@@ -201,18 +208,27 @@ class Run:
         self.callbacks: Sequence[Callback] = ()
 
     def go(
-        self, folder: Path | None, retain: str | None, callbacks: Sequence[Callback], resume: Saved | None
+        self, folder: str | Path | None, retain: str | None, callbacks: Sequence[Callback], resume: Saved | None
     ) -> Result:
         """From the first measurement, or from a checkpoint, to the last."""
-        self.folder, self.retain, self.callbacks = folder, retain, callbacks if rank() == 0 else ()
-        if folder is not None:  # weights, moments, an average; and those half-written beside them
+        self.retain, self.callbacks = retain, callbacks if rank() == 0 else ()
+        if folder is not None:
+            self._claim(Path(folder), resume is not None)
+        if self.folder is not None:  # weights, moments, an average; and those half-written beside them
             size = sum(p.numel() * p.element_size() for p in self.applied.trainable().values())
-            check_room(folder, 4 * (self.settings.keep + 2) * size + 10**6)
+            check_room(self.folder, 4 * (self.settings.keep + 2) * size + 10**6)
         with Stopping() as self.stopping:
             try:
                 return self._go(resume)
             except KeyboardInterrupt:  # the second one: the first waits for the end of a step
                 raise InterruptedRunError(f"interrupted in step {self.step + 1}: {self._how_to_go_on()}") from None
+
+    def _claim(self, folder: Path, resume: bool) -> None:
+        """DataError for a folder that another run has written to."""
+        if not resume and any((folder / name).exists() for name in (METRICS, CHECKPOINTS)):
+            raise DataError(f"{folder} holds a run", "give another folder, or resume that run")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
 
     def _go(self, resume: Saved | None) -> Result:
         if resume is None:
@@ -252,6 +268,8 @@ class Run:
     _asked: str | None = None
 
     def _train(self) -> None:
+        if self.reason is not None:  # of a run that was killed when this was decided, and goes on
+            return
         for epoch in range(self.step // self.steps_per_epoch, self.settings.epochs):
             done = self.step % self.steps_per_epoch
             self.losses = self.losses if done else []
@@ -299,7 +317,7 @@ class Run:
             callback.on_step(self, record)
         if world_size() == 1:
             stop, finish = self._asked_to_end()
-        if stop and self.step < self.total_steps:
+        if stop and self.reason is None and self.step < self.total_steps:
             self._save()
             signal = self.stopping.asked or "a signal to another rank"
             done = f"stopped by {signal} after step {self.step} of {self.total_steps}"
@@ -331,8 +349,10 @@ class Run:
             self.best = Best.by_name(settings.best, self.before)
         if settings.retain_floor is not None:
             assert self.retain is not None
-            self.floor = RetainFloor(settings.retain_floor, settings.on_floor, self.before[self.retain].main.value)
-            if settings.on_floor == "rollback":
+            self.floor = RetainFloor(
+                settings.retain_floor, settings.on_floor or "rollback", self.before[self.retain].main.value
+            )
+            if self.floor.action == "rollback":
                 self._keep()
 
     def _evaluate(self) -> None:
@@ -344,15 +364,15 @@ class Run:
             above = self.floor is None or self.floor.check(self.step, found[str(self.retain)].main.value)
             if above and better and (self.best is not None or self.floor is not None):
                 self._keep()
-        if self.kept_step == self.step:
-            self._save()
         if not above and self.floor is not None:
-            if self.settings.on_floor == "stop" and self.best is None:
+            if self.floor.action == "stop" and self.best is None:
                 self.kept = None
             self._tell(self.floor.notes())
             self.reason = "the retained set fell below its floor"
-        elif self.best is not None and self.settings.patience is not None and self.best.since >= self.settings.patience:
+        elif self.best is not None and self.best.since >= (self.settings.patience or math.inf):
             self.reason = f"no better {self.best.score} on {self.best.of} in {self.best.since} evaluations"
+        if self.kept_step == self.step:
+            self._save()
         for callback in self.callbacks:
             callback.on_evaluation(self, found)
 
@@ -387,6 +407,7 @@ class Run:
         """A checkpoint of this step, once; of all ranks' dice."""
         if self.folder is None or self.saved == self.step:
             return
+        self.engine.check_weights(self.step)
         dice = everyones(dice_on(self.accelerator.device))
         if rank() == 0 or self.settings.shard:
             tensors, plain = self.applied.optimizer_state(self.optimizer)
@@ -423,6 +444,7 @@ class Run:
             "before": {name: asdict(metrics) for name, metrics in self.before.items()},
             "best": None if self.best is None else asdict(self.best),
             "kept_step": self.kept_step if self.kept is not None else None,
+            "reason": self.reason,
             "losses": self.losses,
             "notes": self.notes,
             "broken": list(self.broken.names),
@@ -435,23 +457,29 @@ class Run:
     def _facts(self) -> dict[str, Any]:
         """What must be the same when the run goes on."""
         return {
-            "training data": self.digest,
+            **self.digests,
+            **{
+                f"setting {name}": value
+                for name, value in self.settings.model_dump(mode="json").items()
+                if name in FIXED
+            },
             "pairs in a step": self.batch_size,
             "steps in an epoch": self.steps_per_epoch,
             "steps": self.total_steps,
         }
 
     @cached_property
-    def digest(self) -> str:
-        """Of the training data, read once: it takes microseconds a pair."""
-        return digest_of(self.train)
+    def digests(self) -> dict[str, str]:
+        """Of all data, once: it takes microseconds a pair."""
+        measured = {f"{name} data": digest_of(pairs) for name, pairs in self.sets.items()}
+        return {"training data": digest_of(self.train)} | measured
 
     def _restore(self, saved: Saved) -> None:
         """Stand where the checkpoint was taken. DataError where this is another run."""
         state, facts = saved.state, self._facts()
-        if other := [name for name, value in state["run"].items() if facts[name] != value]:
+        if other := [name for name in state["run"] | facts if state["run"].get(name) != facts.get(name)]:
             shown = ", ".join(
-                f"the {name}" + ("" if name == "training data" else f" ({state['run'][name]}, now {facts[name]})")
+                f"the {name}" + ("" if name in self.digests else f" ({state['run'].get(name)}, now {facts.get(name)})")
                 for name in other
             )
             raise DataError(f"the run cannot go on: changed since is {shown}", "give what the run was started with")
@@ -467,7 +495,7 @@ class Run:
         if state["best"] is not None:
             self.best = Best(**state["best"])
         self.step = self.saved = state["step"]
-        self.losses, self.notes = state["losses"], state["notes"]
+        self.losses, self.notes, self.reason = state["losses"], state["notes"], state["reason"]
         self.broken.add(state["broken"])
         if state["kept_step"] is not None:
             assert self.folder is not None

@@ -35,7 +35,7 @@ def read_parts(
         percent = float(share[1])
         if not 0 < percent < 100:
             raise DataError(f"a validation share of {val} leaves one side empty", "--val 10%")
-        return split_pairs(_training_part(pairs), percent / 100, seed)
+        return split_pairs(training_part(pairs), percent / 100, seed)
     names = part_names(pairs)
     if val is None:
         own = next((name for name in _known(names, HELD_OUT_NAMES) if set(names) - {name}), None)
@@ -44,7 +44,7 @@ def read_parts(
         return _warned(*_by_name(pairs, val))
     if names and not _may_be_data(val):
         raise DataError(f"{pairs.name} has no part {val!r}", f"{did_you_mean(val, names)} Or a share: --val 10%")
-    return _warned(_training_part(pairs), _measuring_part(read_data(val, layout)))
+    return _warned(training_part(pairs), measuring_part(read_data(val, layout)))
 
 
 def stream_parts(
@@ -55,7 +55,7 @@ def stream_parts(
     if val is None or is_share(val):
         what = f"{urls} is a stream, of which nothing can be held out" + (f": --val {val}" if val else "")
         raise DataError(what, "give other data to measure on: --val PATH")
-    return stream, _measuring_part(read_data(val, layout))
+    return stream, measuring_part(read_data(val, layout))
 
 
 def is_share(val: str) -> bool:
@@ -82,13 +82,13 @@ def shared_pictures(train: PairSet, held_out: PairSet) -> int:
 def _by_name(pairs: PairSet, name: str) -> tuple[PairSet, PairSet]:
     """All of the training part; without one, all but the parts that are for measuring."""
     held_out = part_of(pairs, name)
-    train = _training_part(replace(pairs, pairs=tuple(pair for pair in pairs if pair.split != name)))
+    train = training_part(replace(pairs, pairs=tuple(pair for pair in pairs if pair.split != name)))
     if not train.pairs:
         raise DataError(f"{pairs.name} has no part but {name}", "give other data to train on, or a share: --val 10%")
     return train, replace(held_out, ignored=0, ignored_names=())
 
 
-def _training_part(pairs: PairSet) -> PairSet:
+def training_part(pairs: PairSet) -> PairSet:
     """The part called train; else all but those that are for measuring, if anything is left; else all."""
     names = part_names(pairs)
     if train := _known(names, TRAIN_NAMES):
@@ -97,7 +97,7 @@ def _training_part(pairs: PairSet) -> PairSet:
     return replace(pairs, pairs=rest) if rest else pairs
 
 
-def _measuring_part(pairs: PairSet) -> PairSet:
+def measuring_part(pairs: PairSet) -> PairSet:
     """The part that is for measuring, else all."""
     held_out = _known(part_names(pairs), HELD_OUT_NAMES)
     return part_of(pairs, held_out[0]) if held_out else pairs

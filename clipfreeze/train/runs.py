@@ -30,12 +30,11 @@ from clipfreeze.train.classes import asks_for_classes, is_closed, with_classes
 from clipfreeze.train.distributed import everyones, rank
 from clipfreeze.train.engine import few, make_accelerator
 from clipfreeze.train.evaluate import Encoder, Metrics
-from clipfreeze.train.folder import RESULTS, run_folder
+from clipfreeze.train.folder import METRICS, RESULTS, run_folder
 from clipfreeze.train.frontier import start_values
-from clipfreeze.train.journal import cut_metrics
 from clipfreeze.train.loop import Callback, Result, fit
 from clipfreeze.train.pairs import PairSet
-from clipfreeze.train.parts import part_names, read_parts, stream_parts
+from clipfreeze.train.parts import measuring_part, part_names, read_parts, stream_parts
 from clipfreeze.train.shards import is_stream
 from clipfreeze.train.sources import demo_pairs, read_data
 from clipfreeze.train.spec import RunSpec, installed_version, read_spec, repeatable, write_spec
@@ -67,7 +66,7 @@ def run_data(spec: RunSpec, sites: Sequence[Site] = ()) -> RunData:
     alone is measured on another style's drawings of those it was trained on.
     """
     forgotten = {FORGOTTEN: demo_pairs(demo.PRETRAIN_STYLES[0], "test")} if spec.model == "demo" else {}
-    retained = {RETAINED: read_data(spec.retain, spec.table)} if spec.retain is not None else {}
+    retained = {RETAINED: measuring_part(read_data(spec.retain, spec.table))} if spec.retain is not None else {}
     if spec.data is not None:
         train, held_out = _parts(spec.data, spec)
         _read.cache_clear()
@@ -151,7 +150,7 @@ def resume_run(folder: Path, callbacks: Sequence[Callback] = (), shard: bool | N
     if saved is None:
         log.warning("%s has no checkpoint yet: the run begins anew", folder)
         if rank() == 0:
-            cut_metrics(folder, 0)
+            (folder / METRICS).unlink(missing_ok=True)
         applied = changes.apply(plan, loaded.model, tokenizer=loaded.tokenizer)
     else:
         _refuse_another_plan(read_plan(saved.path / PLAN), plan, folder)
@@ -261,7 +260,7 @@ def open_run(folder: Path, data: Mapping[str, str] | None = None) -> TrainedRun:
     if not (folder / WEIGHTS).is_file():
         raise DataError(f"the run in {folder} is not finished", f"go on with it: clipfreeze train --resume {folder}")
     plan = read_plan(folder / PLAN)
-    given = {name: read_data(path, spec.table) for name, path in (data or {}).items()}
+    given = {name: measuring_part(read_data(path, spec.table)) for name, path in (data or {}).items()}
     tests = given or run_data(spec, plan.sites).tests
     device = make_accelerator().device
     loaded = _model(spec, device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from clipfreeze.errors import DataError, Problem, did_you_mean
 from clipfreeze.policy.actions import Spec
@@ -12,6 +12,20 @@ from clipfreeze.policy.span import parse_span
 from clipfreeze.train.objective import ObjectiveName
 
 LOWER_IS_BETTER = ("nll", "ece")
+FIXED = (
+    "micro_batch",
+    "objective",
+    "clip_grad",
+    "precision",
+    "ema",
+    "evaluate_every",
+    "best",
+    "patience",
+    "retain_floor",
+    "on_floor",
+    "seed",
+)
+"""Settings that must be the same when a run goes on."""
 
 
 def _span(value: str) -> str:
@@ -20,6 +34,7 @@ def _span(value: str) -> str:
     return value
 
 
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Stretch = Annotated[str, AfterValidator(_span)]
 
 
@@ -39,7 +54,9 @@ class TrainingSettings(Spec):
     objective: ObjectiveName = Field(
         "auto", description="contrastive, classes (cross-entropy over class prompts), or auto: as the policy asks"
     )
-    clip_grad: Annotated[float, Field(gt=0)] | None = Field(None, description="the gradient's largest norm")
+    clip_grad: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="the gradient's largest norm"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="of autocast; auto: bf16 where the GPU has it. Trained weights are fp32 always"
     )
@@ -61,14 +78,22 @@ class TrainingSettings(Spec):
     retain_floor: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="share of the first score on the retained set below which the run ends"
     )
-    on_floor: Literal["stop", "rollback"] = Field(
-        "rollback", description="there: stop with those weights, or go back to the last ones above the floor"
+    on_floor: Literal["stop", "rollback"] | None = Field(
+        None, description="there: stop with those weights, or (null) rollback to the last ones above the floor"
     )
     trackers: tuple[str, ...] = Field((), description="tensorboard, wandb, mlflow, trackio: by accelerate")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="of shuffling, captions, views and dropout")
     num_workers: Annotated[int, Field(ge=0)] | None = Field(
         None, description="processes that decode pictures; 0: the trainer's own; null: some where a GPU waits for them"
     )
+
+    @model_validator(mode="after")
+    def _effective(self) -> TrainingSettings:
+        if self.on_floor is not None and self.retain_floor is None:
+            raise ValueError("on_floor without a retain_floor: nothing would read it")
+        if self.batch_size == "auto" and self.micro_batch is not None:
+            raise ValueError("batch_size auto finds what fits without chunks: with micro_batch, say a number")
+        return self
 
     @property
     def evaluates(self) -> str | None:
@@ -90,11 +115,13 @@ def checked(kind: type[Settings], values: dict[str, Any]) -> Settings:
     try:
         return kind(**values)
     except ValidationError as error:
-        told = {str(fault["loc"][0]): _problem(fault, kind, values) for fault in error.errors()}  # one for each name
+        told = {str(fault["loc"][:1]): _problem(fault, kind, values) for fault in error.errors()}  # one for each name
         raise DataError(list(told.values())) from error
 
 
 def _problem(fault: Any, kind: type[TrainingSettings], values: dict[str, Any]) -> Problem:
+    if not fault["loc"]:  # said of several together
+        return Problem(str(fault["msg"]).removeprefix("Value error, "))
     name = str(fault["loc"][0])
     if fault["type"] == "extra_forbidden":
         return Problem(f"there is no setting {name!r}", did_you_mean(name, list(kind.model_fields)))

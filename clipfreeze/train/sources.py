@@ -23,7 +23,17 @@ FOLDER_TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}
 
 
 def read_data(source: str | Path, layout: TableFormat | None = None) -> PairSet:
-    """A table of images and captions, a folder of class folders or with metadata, shards, or hf:NAME."""
+    """A table of images and captions, a folder of class folders or with metadata, shards, or hf:NAME.
+
+    DataError where it is none, or cannot be read.
+    """
+    try:
+        return _read(source, layout)
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename or source}: {error.strerror or error}", _WANTED) from error
+
+
+def _read(source: str | Path, layout: TableFormat | None) -> PairSet:
     if is_hub(str(source)):
         return read_hub(str(source), layout, FOLDER_TEMPLATES)
     path = Path(source)
