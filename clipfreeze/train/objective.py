@@ -249,8 +249,7 @@ def _objective(applied: Applied, objective: ObjectiveName, classes: int) -> Trai
         if classes < 2:
             raise DataError("the objective classes needs data with classes", "class folders, or objective contrastive")
         return ClassPrompts(applied.model, classes)
-    own = {planned.name for planned in applied.plan.trainable if planned.origin != "head"}
-    if head is not None and objective == "contrastive" and not own:
+    if head is not None and objective == "contrastive" and all(p.origin == "head" for p in applied.plan.trainable):
         raise DataError("the contrastive loss does not reach the head, and nothing else trains", "objective auto")
     if head is not None and objective == "auto":
         return Classification(applied.model, head, contrast if _texts_train(applied) else None)
