@@ -85,8 +85,9 @@ def _tensors(owner: str, entries: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _as_held(tensor: Tensor, parameter: nn.Parameter | None) -> Tensor:
     """A copy; of what has an entry for each weight, in pieces if the weights are."""
-    like_it = parameter is not None and in_pieces(parameter) and tensor.shape == parameter.shape
-    return cut_like(tensor, parameter) if like_it and parameter is not None else tensor.clone()
+    if parameter is not None and in_pieces(parameter) and tensor.shape == parameter.shape:
+        return cut_like(tensor, parameter)
+    return tensor.clone()
 
 
 def _is_plain(value: Any) -> bool:
