@@ -30,6 +30,7 @@ from clipfreeze.optim.phases import PHASE, phase_starts, plan_scheduler, set_gro
 from clipfreeze.optim.policy_scheduler import PolicyScheduler
 from clipfreeze.optim.state import OptimizerState, load_optimizer_state, optimizer_state
 from clipfreeze.optim.step_hooks import Pull, clamp_after_steps, pull_before_steps
+from clipfreeze.pieces import cut_like, in_pieces, on_cpu, writes
 from clipfreeze.plan.sites import Site, renamed
 from clipfreeze.plan.value import Plan, PlannedParameter
 from clipfreeze.stored import PLAN, WEIGHTS, digest_of, kind_of, read_plan, read_weights, write_policy
@@ -247,6 +248,7 @@ class Applied:
         Both must leave the same base as it is. It starts inactive. Raises ApplyError, the model being as it was.
         """
         self._refuse_idle()
+        self._refuse_pieces()
         if not name.isidentifier() or name in self._sets:
             what = f"{name!r} is taken" if name in self._sets else f"{name!r} is no name: letters, digits and _"
             raise ApplyError(what, "give another name")
@@ -305,6 +307,7 @@ class Applied:
         weights' own type is too coarse. The optimizer waits until `unmerge`, which restores every bit.
         """
         self._refuse_idle()
+        self._refuse_pieces()
         if len(self._sets) > 1:
             raise ApplyError(f"several policies are at work: {', '.join(self._sets)}", "merge with one on the model")
         if not self._own.parts:
@@ -342,15 +345,23 @@ class Applied:
         for added in self._sets.values():
             added.set_strengths(self._scale)
 
+    def _refuse_pieces(self) -> None:
+        """ApplyError where the ranks hold a piece of each weight."""
+        if any(map(in_pieces, self.model.parameters())):
+            fix = "save() it on all ranks, and clipfreeze.load() that onto a whole model"
+            raise ApplyError("the model is split over the ranks", fix)
+
     def remove(self) -> None:
         """Take the policy off: what it added, flags, modes, hooks, attributes. Weights stay as trained, or merged."""
+        self._refuse_pieces()
         self._undo.close()
         self._removed = True
 
     def save(self, folder: str | Path) -> None:
         """Write the plan and the tensors that it changes and adds, for `load`; a file appears whole or not at all.
 
-        Raises RunError in the system's words where it cannot be written.
+        Of a model in pieces all ranks call this, and rank 0 writes. Raises RunError in the system's words where it
+        cannot be written.
         """
         self._refuse_idle()
         parameters = dict(self.model.named_parameters())
@@ -358,7 +369,14 @@ class Applied:
         tensors |= {name: tensor.detach() for name, tensor in self._own.state().items()}
         tensors |= {_START + name: self._start[name] for name in _restarted(self.plan)}
         self._base = self._base or _fingerprint(self.plan, self.model)  # what it is of never changes
-        write_policy(Path(folder), self.plan, tensors, self._base)
+        copies = on_cpu(tensors)
+        if writes(parameters.values()):
+            write_policy(Path(folder), self.plan, copies, self._base)
+
+    def cut_start_values(self) -> None:
+        """To be called when the model's parameters were cut in pieces: what `l2sp` pulls to is cut likewise."""
+        parameters = dict(self.model.named_parameters())
+        self._start = {name: cut_like(start, parameters[name]) for name, start in self._start.items()}
 
 
 @dataclass(frozen=True)

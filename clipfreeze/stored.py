@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clipfreeze.errors import ApplyError, RunError
+from clipfreeze.pieces import whole
 from clipfreeze.plan.value import Plan
 
 PLAN, WEIGHTS = "plan.json", "weights.safetensors"
@@ -22,10 +23,11 @@ _DIGESTS = "sha256 of the base and of these weights"
 
 
 def write_policy(folder: Path, plan: Plan, tensors: Mapping[str, Tensor], base: str) -> None:
-    """Plan and tensors; `base` is the digest of what they belong to. Raises RunError in the system's words."""
-    whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    """Plan and tensors, which are on the CPU; `base` is the digest of what they belong to. Raises RunError in the
+    system's words.
+    """
     with _saving(folder / WEIGHTS) as unfinished:
-        save_file(whole, unfinished, {_DIGESTS: f"{base} {digest_of(whole)}"})
+        save_file(dict(tensors), unfinished, {_DIGESTS: f"{base} {digest_of(tensors)}"})
     with _saving(folder / PLAN) as unfinished:
         unfinished.write_text(plan.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
@@ -58,11 +60,11 @@ def kind_of(tensor: Tensor) -> str:
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and bytes."""
+    """SHA-256 of names, types, shapes and bytes; of all pieces, so that every rank gets the same."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {kind_of(tensor)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(whole(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

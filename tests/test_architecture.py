@@ -22,7 +22,7 @@ LAYERS = (  # each may import from those after it, and from its own
     ("plan",),
     ("policy", "anatomy"),
     ("demo",),
-    ("errors",),
+    ("errors", "pieces"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -60,6 +60,10 @@ def run(
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="pairs through the encoders at once, with the whole batch's gradients")
     ] = None,
+    shard: Annotated[
+        bool | None,
+        typer.Option("--shard/--no-shard", help="split weights, gradients and moments over the ranks (FSDP2)"),
+    ] = None,
     objective: Annotated[str, typer.Option(help="contrastive, classes (cross-entropy over class prompts), auto")] = (
         "auto"
     ),
@@ -101,7 +105,7 @@ def run(
 ) -> None:
     """Train a policy and measure before and after. Without --data and --model: embedded pictures, embedded model."""
     if resume is not None:
-        _resume(context, resume)
+        _resume(context, resume, shard)
         return
     if policy is None:
         raise DataError("train what?", "name a policy: clipfreeze list; or --resume FOLDER")
@@ -130,6 +134,7 @@ def run(
         epochs=epochs or (demo.EPOCHS if data is None else 5),
         batch_size=_size(batch_size) or (demo.BATCH_SIZE if data is None else 64),
         micro_batch=micro_batch,
+        shard=bool(shard),
         objective=objective,
         clip_grad=clip_grad,
         precision=precision,
@@ -151,17 +156,17 @@ def run(
     _print(train_run(spec, plan, out))
 
 
-def _resume(context: typer.Context, folder: Path) -> None:
-    """DataError for any other option: the run goes on as it was started."""
+def _resume(context: typer.Context, folder: Path, shard: bool | None) -> None:
+    """DataError for any other option: the run goes on as it was started, on as many ranks as there are now."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     said = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    if also := sorted(name.replace("_", "-") for name in said if name != "resume"):
+    if also := sorted(name.replace("_", "-") for name in said if name not in ("resume", "shard")):
         what = f"--resume goes on with a run as it was started: it takes no {', '.join(also)}"
         raise DataError(what, "leave them out, or start a new run")
 
     from clipfreeze.train.runs import resume_run
 
-    _print(resume_run(folder))
+    _print(resume_run(folder, shard=shard))
 
 
 def _print(result: Result) -> None:

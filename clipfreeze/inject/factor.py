@@ -6,8 +6,8 @@ a wrapper around the module never runs there. A stand-in takes part in any produ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -158,6 +158,24 @@ def _take_off(factor: Factor, effect: Effect) -> None:
     factor.effects.remove(effect)
     if not factor.effects and vars(factor.module).get(factor.name) is factor:
         del vars(factor.module)[factor.name]
+
+
+@contextmanager
+def stand_ins_aside(model: nn.Module) -> Iterator[None]:
+    """The model without stand-ins, for code that reads parameters as attributes; no product has its effects then."""
+    held = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Factor)
+    ]
+    for module, name, _ in held:
+        del vars(module)[name]
+    try:
+        yield
+    finally:
+        for module, name, value in held:
+            vars(module)[name] = value
 
 
 def summed(factor: Factor) -> Tensor:

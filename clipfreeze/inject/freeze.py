@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 
@@ -14,9 +14,17 @@ from clipfreeze.inject.addition import Addition
 
 def set_trainable(model: nn.Module, trainable: Collection[str], undo: ExitStack) -> None:
     """Gradients for the parameters named in `trainable`, for no others."""
-    for name, parameter in model.named_parameters():
-        undo.callback(parameter.requires_grad_, parameter.requires_grad)
+    parameters = dict(model.named_parameters())
+    undo.callback(_set_flags, model, {name: parameter.requires_grad for name, parameter in parameters.items()})
+    for name, parameter in parameters.items():
         parameter.requires_grad_(name in trainable)
+
+
+def _set_flags(model: nn.Module, flags: Mapping[str, bool]) -> None:
+    """By name: what holds a parameter itself keeps its memory, also where it was replaced by a piece of it."""
+    for name, parameter in model.named_parameters():
+        if name in flags:
+            parameter.requires_grad_(flags[name])
 
 
 def stand_still(model: nn.Module, undo: ExitStack) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clipfreeze.errors import ApplyError
+from clipfreeze.pieces import cut_like, in_pieces, on_cpu
 
 _GROUP = "param group "
 """Begins the owner of a tensor that an optimizer keeps in a param group, by its number."""
@@ -22,7 +23,7 @@ class OptimizerState(NamedTuple):
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter]) -> OptimizerState:
-    """Copies; `names` are those of the parameters that the optimizer holds.
+    """Copies; `names` are those of the parameters that the optimizer holds. Of a model in pieces rank 0 has them all.
 
     ApplyError where it keeps something else than tensors, numbers and words of a parameter.
     """
@@ -56,7 +57,7 @@ def load_optimizer_state(
     owned: dict[str, dict[str, Tensor]] = {}
     for path, tensor in tensors.items():
         owner, _, key = path.rpartition("/")
-        owned.setdefault(owner, {})[key] = tensor.clone()
+        owned.setdefault(owner, {})[key] = _as_held(tensor, names.get(owner))
     number_of: dict[str, int] = {}
     groups = []
     for number, (group, saved) in enumerate(zip(optimizer.param_groups, plain["groups"], strict=True)):
@@ -79,11 +80,14 @@ def _members(optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter]
 
 
 def _tensors(owner: str, entries: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {
-        f"{owner}/{key}": value.detach().to("cpu", copy=True).contiguous()
-        for key, value in entries.items()
-        if isinstance(value, Tensor)
-    }
+    return on_cpu({f"{owner}/{key}": value for key, value in entries.items() if isinstance(value, Tensor)})
+
+
+def _as_held(tensor: Tensor, parameter: nn.Parameter | None) -> Tensor:
+    """A copy; of what has an entry for each weight, in pieces if the weights are."""
+    if parameter is not None and in_pieces(parameter) and tensor.shape == parameter.shape:
+        return cut_like(tensor, parameter)
+    return tensor.clone()
 
 
 def _is_plain(value: Any) -> bool:

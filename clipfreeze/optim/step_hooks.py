@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from clipfreeze.errors import RunError
+from clipfreeze.pieces import piece, whole
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Pull:
 
     def penalty(self) -> Tensor:
         """The term, a scalar with a gradient."""
-        return self.strength * self._distance(self.parameter).square().sum()
+        return self.strength * whole(self._distance(self.parameter).square().sum())
 
     @torch.no_grad()
     def add_gradient(self, scale: Tensor | float = 1.0) -> None:
@@ -76,4 +77,4 @@ def _clamp(
 ) -> None:
     for parameter, (low, high) in bounds:
         if parameter.requires_grad:
-            parameter.clamp_(low, high)
+            piece(parameter).clamp_(low, high)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from clipfreeze.pieces import cut_like, piece
+
 
 class Average:
     """`decay` * average + (1 - `decay`) * weights, after each step; (1 + n) / (10 + n) at step n while that is smaller,
@@ -24,15 +26,15 @@ class Average:
     def update(self) -> None:
         """After an optimizer step."""
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        now: list[Tensor] = [parameter.detach() for parameter in self.parameters.values()]
+        now: list[Tensor] = [piece(parameter) for parameter in self.parameters.values()]
         average: Any = get_ema_multi_avg_fn
-        average(decay)(list(self.values.values()), now, self.steps)
+        average(decay)([piece(value) for value in self.values.values()], now, self.steps)
         self.steps += 1
 
     def restore(self, values: Mapping[str, Tensor], steps: int) -> None:
         """Go on from an average that was saved."""
         for name, value in self.values.items():
-            value.copy_(values[name])
+            value.copy_(cut_like(values[name], value))
         self.steps = steps
 
     @contextmanager

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from clipfreeze.changes import Applied
 from clipfreeze.errors import DataError, RunError
+from clipfreeze.pieces import piece, whole
 from clipfreeze.train.accumulate import backward_in_chunks
 from clipfreeze.train.batches import Batch
 from clipfreeze.train.distributed import summed, world_size
 from clipfreeze.train.objective import Training
 from clipfreeze.train.settings import TrainingSettings
+from clipfreeze.train.sharding import average_gradients, clip_gradients
 
 _MOST_SKIPPED = 20
 """Steps in a row that loss scaling may pass over: it halves the scale each time, from 2**16."""
@@ -70,12 +72,13 @@ class Engine:
         self.wrapped = self.module
 
     def wrap(self, batch: Batch) -> None:
-        """Let DistributedDataParallel reduce what trains now, and gets a gradient from a piece of this batch.
+        """Let DistributedDataParallel reduce what trains now, and gets a gradient from a piece of this batch. A split
+        model does so itself.
 
         Again whenever another set of parameters trains: it looks at requires_grad once.
         """
         self.unproved = True
-        if world_size() == 1:
+        if world_size() == 1 or self.settings.shard:
             return
         trained = self._trained()
         idle = set(trained) - self._reached_by(_piece(self._here(batch), self.module.reads_classes))
@@ -99,6 +102,8 @@ class Engine:
             with self.accelerator.autocast():
                 loss = self.wrapped(**batch)
             self.accelerator.backward(loss)
+        if self.settings.shard:
+            average_gradients(self._trained().values())
         total, *told = summed([loss.item(), *flags()], loss.device)
         taken = Step(total / world_size(), told)
         self._check_loss(taken.loss, step)
@@ -106,7 +111,9 @@ class Engine:
             self.notes += gradient_notes(self.applied)
             self.unproved = False
         self.reached |= {name for name, p in self._trained().items() if p.grad is not None}
-        if self.settings.clip_grad is not None:
+        if self.settings.clip_grad is not None and self.settings.shard:
+            clip_gradients(self._trained().values(), self.settings.clip_grad)
+        elif self.settings.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self._trained().values(), self.settings.clip_grad)
         self.optimizer.step()
         self.scheduler.step()
@@ -120,8 +127,8 @@ class Engine:
 
     def check_weights(self, step: int) -> None:
         """RunError where a weight that was trained is no finite number."""
-        trained = self.applied.trainable()
-        if bad := [name for name in trained if name in self.reached and not trained[name].isfinite().all()]:
+        reached = {name: weight for name, weight in self.applied.trainable().items() if name in self.reached}
+        if bad := _not_finite(reached):
             raise RunError(f"weights are not finite numbers after step {step}: {few(bad)}", "lower the lr")
 
     def _here(self, batch: Batch) -> Batch:
@@ -155,10 +162,17 @@ class Engine:
 def gradient_notes(applied: Applied) -> list[str]:
     """Which of the parameters that train now the loss does not reach; RunError when a gradient is not finite."""
     gradients = {name: p.grad for name, p in applied.training().items()}
-    if bad := [name for name, grad in gradients.items() if grad is not None and not grad.isfinite().all()]:
+    if bad := _not_finite({name: grad for name, grad in gradients.items() if grad is not None}):
         raise RunError(f"no finite gradient in the first step: {few(bad)}", "look for nan or inf in the weights")
     idle = [name for name, grad in gradients.items() if grad is None]
     return [f"no gradient in the first step, so these stay as they are: {few(idle)}"] if idle else []
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of those that have other numbers, on any rank."""
+    pieces = [piece(tensor) for tensor in tensors.values()]
+    bad = summed([float(not held.isfinite().all()) for held in pieces], pieces[0].device) if pieces else []
+    return [name for name, ranks in zip(tensors, bad, strict=True) if ranks]
 
 
 def few(names: Iterable[str]) -> str:
@@ -174,7 +188,7 @@ def _piece(batch: Batch, of_classes: bool) -> Batch:
 
 def _largest(parameters: Mapping[str, nn.Parameter]) -> str:
     """The largest gradient, for a message."""
-    sizes: dict[str, Tensor] = {n: p.grad.abs().max() for n, p in parameters.items() if p.grad is not None}
+    sizes: dict[str, Tensor] = {n: whole(p.grad).abs().max() for n, p in parameters.items() if p.grad is not None}
     if not sizes:
         return "no gradients"
     numbers = {name: size.item() for name, size in sizes.items()}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clipfreeze.errors import DataError, InterruptedRunError
 from clipfreeze.optim.state import OptimizerState
+from clipfreeze.pieces import cut_like, on_cpu, piece
 from clipfreeze.policy.span import parse_span
 from clipfreeze.stored import WEIGHTS, read_weights
 from clipfreeze.train.auto_batch import largest_batch
@@ -38,9 +39,10 @@ from clipfreeze.train.pairs import PairSet
 from clipfreeze.train.remarks import collapse_notes, decline_notes, warmup_notes
 from clipfreeze.train.retain import RetainFloor
 from clipfreeze.train.settings import TrainingSettings, training_settings
+from clipfreeze.train.sharding import check_sharding, split_model
 from clipfreeze.train.sources import read_data
 from clipfreeze.train.stopping import Stopping
-from clipfreeze.train.together import this_shard
+from clipfreeze.train.together import Shard, this_shard
 from clipfreeze.train.tuned import for_training, measure_tuned, measure_untuned, unknown_notes
 
 if TYPE_CHECKING:
@@ -96,7 +98,8 @@ def fit(
     TrainingSettings by name. The same seed gives the same weights, bit for bit on one CPU, whatever `num_workers`; on
     more ranks the same batches. `folder` receives checkpoints, metrics.jsonl and run.log under way, and plan, weights
     and results.json at the end. `retain` names the set that `retain_floor` watches. The model is left in eval mode,
-    with the weights that were kept.
+    with the weights that were kept; with `shard` it also stays split: its ranks `applied.save` it together, and what
+    they save loads onto a whole model.
 
     A plan with a head trains on the labels of its classes. Before is the model without what the plan adds.
     `resume` is a checkpoint of the same run, of which `applied` was loaded. Raises DataError for wrong input before the
@@ -131,6 +134,8 @@ class Run:
     ) -> None:
         self.applied, self.train, self.sets, self.settings = applied, train, sets, settings
         self.accelerator: Any = make_accelerator(settings.precision)
+        if settings.shard:
+            check_sharding(settings, applied.plan.optimizer, self.accelerator)
         tokens = Tokenizer(tokenizer, applied.model)
         pairs = for_training(train, applied.plan.sites)
         module = training_module(applied, settings.objective, len(pairs.class_names))
@@ -157,12 +162,13 @@ class Run:
         else:
             self.batch_size = settings.batch_size
         self.loader = loader(self.batch_size)
-        self.encoder = Encoder(
-            applied.model, tokens, transform, num_workers=settings.num_workers or 0, shard=this_shard()
-        )
+        shard = Shard() if settings.shard else this_shard()  # a split model works on all ranks at once or on none
+        self.encoder = Encoder(applied.model, tokens, transform, num_workers=settings.num_workers or 0, shard=shard)
         self.steps_per_epoch = len(self.loader)
         self.total_steps = settings.epochs * self.steps_per_epoch
         set_seed(settings.seed)
+        if settings.shard:
+            split_model(applied, self.accelerator.device)
         self.optimizer = applied.optimizer()
         self.scheduler = applied.scheduler(self.optimizer, self.total_steps, self.steps_per_epoch)
         prepared = self.accelerator.prepare_optimizer(self.optimizer)
@@ -335,15 +341,16 @@ class Run:
             callback.on_evaluation(self, found)
 
     def _measured(self, how: Callable[[Encoder, PairSet, Applied], Metrics]) -> dict[str, Metrics]:
-        return {name: how(self.encoder, pairs, self.applied) for name, pairs in self.sets.items()}
+        found = {name: how(self.encoder, pairs, self.applied) for name, pairs in self.sets.items()}
+        return everyones(found)[0] if self.settings.shard else found  # what is decided by it is so on all ranks
 
     def _averaged(self) -> Any:
         """The model with the average of its weights, where one is kept."""
         return nullcontext() if self.average is None else self.average.in_place()
 
     def _keep(self) -> None:
-        """Remember the weights of now."""
-        self.kept = {name: p.detach().cpu().clone() for name, p in self.applied.trainable().items()}
+        """Remember the weights of now, of a split model this rank's pieces."""
+        self.kept = {name: piece(p).cpu().clone() for name, p in self.applied.trainable().items()}
         self.kept_step = self.step
 
     def _count(self, loaded: Loaded) -> None:
@@ -365,11 +372,12 @@ class Run:
         if self.folder is None or self.saved == self.step:
             return
         dice = everyones(dice_on(self.accelerator.device))
-        if rank() == 0:
+        if rank() == 0 or self.settings.shard:
             tensors, plain = self.applied.optimizer_state(self.optimizer)
             tensors = {f"optimizer/{name}": tensor for name, tensor in tensors.items()}
             if self.average is not None:
-                tensors |= {f"average/{name}": tensor for name, tensor in self.average.values.items()}
+                tensors |= on_cpu({f"average/{name}": tensor for name, tensor in self.average.values.items()})
+        if rank() == 0:
             for number, thrown in enumerate(dice):
                 tensors |= {f"dice/{number}/{kind}": of for kind, of in thrown._asdict().items() if of is not None}
             path = save_checkpoint(self.folder, self._state(plain), tensors, self.applied.save)
@@ -377,6 +385,8 @@ class Run:
             self.engine.last_good = path
             for callback in self.callbacks:
                 callback.on_checkpoint(self, path)
+        elif self.settings.shard:
+            self.applied.save(self.folder)  # which rank 0 does
         self.saved = self.step
         wait_for_all()
 
@@ -437,7 +447,8 @@ class Run:
             assert self.folder is not None
             self.kept_step, path = state["kept_step"], checkpoint_path(self.folder, state["kept_step"])
             averages = _below("average/", read_tensors(path))
-            self.kept = averages or read_weights(path / WEIGHTS)[0]
+            weights = averages or read_weights(path / WEIGHTS)[0]
+            self.kept = {name: piece(cut_like(weights[name], p)) for name, p in self.applied.trainable().items()}
             if self.floor is not None:
                 self.floor.kept = self.kept_step
         if self.folder is not None and rank() == 0:
@@ -464,11 +475,11 @@ class Run:
         module = self.engine.module.eval()
         kept = self.kept
         if kept is None and self.average is not None:
-            kept = self.average.values
+            kept = {name: piece(value) for name, value in self.average.values.items()}
         if kept is not None:
             with torch.no_grad():
                 for name, parameter in self.applied.trainable().items():
-                    parameter.copy_(kept[name])
+                    piece(parameter).copy_(kept[name])
         after = self._measured(measure_tuned)
         loss = sum(self.losses) / len(self.losses)
         self._tell(collapse_notes(module, loss, self.batch_size) + decline_notes(self.before, after))
@@ -484,8 +495,9 @@ class Run:
             notes=tuple(self.notes),
             folder=self.folder,
         )
-        if self.folder is not None and rank() == 0:
+        if self.folder is not None and (rank() == 0 or self.settings.shard):
             self.applied.save(self.folder)
+        if self.folder is not None and rank() == 0:
             values = {name: value for name, value in asdict(result).items() if name != "folder"}
             write_text(self.folder / RESULTS, json.dumps(values, indent=2) + "\n")
         wait_for_all()

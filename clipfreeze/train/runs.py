@@ -88,7 +88,7 @@ def train_run(spec: RunSpec, plan: Plan, out: Path | None = None, callbacks: Seq
 
     Everything a user can get wrong is found before the first step; then no folder is left behind.
     """
-    device = make_accelerator(spec.precision).device
+    device = _start_device(spec)
     data = run_data(spec, plan.sites)
     if data.train.ignored:
         named = f" ({', '.join(data.train.ignored_names)})" if data.train.ignored_names else ""
@@ -101,17 +101,18 @@ def train_run(spec: RunSpec, plan: Plan, out: Path | None = None, callbacks: Seq
         return _fit(spec, applied, loaded, data, folder, None, callbacks)
 
 
-def resume_run(folder: Path, callbacks: Sequence[Callback] = ()) -> Result:
-    """Go on from the newest checkpoint of a run, as if it had never stopped. DataError where the policy, the data or
-    the model is not what it was, or the run is finished."""
+def resume_run(folder: Path, callbacks: Sequence[Callback] = (), shard: bool | None = None) -> Result:
+    """Go on from the newest checkpoint of a run, as if it had never stopped; `shard` as it was unless said. DataError
+    where the policy, the data or the model is not what it was, or the run is finished."""
     spec = read_spec(folder)
+    if shard is not None:
+        spec = spec.model_copy(update={"shard": shard})
     if (folder / RESULTS).is_file():
         raise DataError(f"the run in {folder} is finished", f"clipfreeze eval {folder}; for more epochs, train anew")
     saved = read_checkpoint(folder)
     if spec.version != installed_version():
         log.warning("the run was started with clipfreeze %s, this is %s", spec.version, installed_version())
-    device = make_accelerator(spec.precision).device
-    loaded = _model(spec, device)
+    loaded = _model(spec, _start_device(spec))
     was, now = read_plan(saved.path / PLAN), resolve(run_policy(spec), describe(loaded.model, spec.model))
     _refuse_another_plan(was, now, folder)
     data = run_data(spec, was.sites)
@@ -141,6 +142,12 @@ def _fit(
         resume=saved,
         **settings,
     )
+
+
+def _start_device(spec: RunSpec) -> torch.device:
+    """Where the model is loaded: one to be split goes from the CPU to the ranks' devices piece by piece."""
+    device = make_accelerator(spec.precision).device
+    return torch.device("cpu") if spec.shard else device
 
 
 def _model(spec: RunSpec, device: torch.device) -> models.Loaded:

@@ -33,6 +33,9 @@ class TrainingSettings(Spec):
     micro_batch: Annotated[int, Field(gt=0)] | None = Field(
         None, description="pairs of a rank's batch through the encoders at once, with the batch's own gradients"
     )
+    shard: bool = Field(
+        False, description="split the model's weights, gradients and moments over the ranks, of which it takes several"
+    )
     objective: ObjectiveName = Field(
         "auto", description="contrastive, classes (cross-entropy over class prompts), or auto: as the policy asks"
     )

@@ -218,6 +218,7 @@ def test_an_interrupted_run_says_what_is_left(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(Engine, "update", real)
     for wrong, words in (
         (["logit_scale", "--epochs", "3"], "it takes no epochs, policy"),
+        (["--shard"], "shard splits the model over several ranks"),
         ([], "clipfreeze eval runs/logit_scale-1"),
     ):
         monkeypatch.setattr(sys, "argv", ["clipfreeze", "train", *wrong, "--resume", "runs/logit_scale-1"])

@@ -1,24 +1,30 @@
-"""What each rank of a test runs: torchrun ... ranked.py TASK FOLDER; rank 0 leaves what it found in FOLDER."""
+"""What each rank of a test runs: torchrun ... ranked.py TASK ... FOLDER; rank 0 leaves what it found in FOLDER."""
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, distributed
 
 import clipfreeze
 from clipfreeze.changes import Applied
+from clipfreeze.errors import ApplyError, InterruptedRunError
+from clipfreeze.pieces import piece, whole
 from clipfreeze.train.checkpoints import CHECKPOINTS, read_checkpoint
 from clipfreeze.train.distributed import everyones, rank, world_size
 from clipfreeze.train.engine import Engine, make_accelerator
-from clipfreeze.train.loop import Result, fit
+from clipfreeze.train.loop import Callback, Result, Run, fit
 from clipfreeze.train.objective import Contrastive
 from clipfreeze.train.settings import training_settings
+from clipfreeze.train.sharding import split_model
 
 import tiny
 from hand import Words, colour_pairs, transform
@@ -80,12 +86,13 @@ def task_gradients(folder: Path) -> None:
 
 
 def training(folder: Path, policy: str, **settings: Any) -> Result:
-    of = applied(policy, **settings.pop("knobs", {}))
+    family = settings.pop("family", "clip_vit")
+    of = applied(policy, family, **settings.pop("knobs", {}))
     resume = read_checkpoint(folder) if (folder / CHECKPOINTS).exists() else None
     if resume is not None:
         of.remove()
         torch.manual_seed(0)
-        of = clipfreeze.load(resume.path, tiny.FAMILIES["clip_vit"]())
+        of = clipfreeze.load(resume.path, tiny.FAMILIES[family]())
     folder.mkdir(exist_ok=True)
     values: dict[str, Any] = {"epochs": 4, "batch_size": 8, "evaluate_every": "2 steps", "keep": 9} | settings
     result = fit(
@@ -99,7 +106,7 @@ def training(folder: Path, policy: str, **settings: Any) -> Result:
         resume=resume,
         **{name: value for name, value in values.items() if name != "pairs"},
     )
-    weights = {name: p.detach().clone() for name, p in of.trainable().items()}
+    weights = {name: whole(p).detach().clone() for name, p in of.trainable().items()}
     for other in everyones(weights):
         assert all(torch.equal(other[name], weights[name]) for name in weights), "ranks drifted apart"
     return result
@@ -119,6 +126,57 @@ def task_training(folder: Path) -> None:
         (folder / f"broken {name}.json").write_text(json.dumps(result.broken))
 
 
+class StopAt(Callback):
+    """As a signal to rank 0 does after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, run: Run, record: Any) -> None:
+        if record["step"] == self.step:
+            run.stopping.asked = "SIGTERM"
+
+
+BRIEF: dict[str, Any] = {"epochs": 1, "evaluate_every": None}
+SPLIT: dict[str, dict[str, Any]] = {
+    "full": {"epochs": 2, "ema": 0.9, "clip_grad": 0.5, "best": "nll"},
+    "lora": {"family": "siglip", "knobs": {"dropout": 0.0}},
+    "text_only": {"micro_batch": 1},
+    "lp_ft": {"knobs": {"probe": "50%"}},
+}
+"""Policies by which all trains, what is added, one tower, and first this and then that."""
+
+
+def task_sharded(folder: Path) -> None:
+    """Train split over the ranks, and go on with a run of one process; with one, whole, and with one of the ranks'."""
+    ranks = world_size()
+    for policy, settings in SPLIT.items():
+        training(folder / f"{policy} {ranks}", policy, **BRIEF | settings, shard=ranks > 1)
+    with pytest.raises(InterruptedRunError, match="after step"):
+        training(folder / f"begun by {ranks}", "full", **BRIEF | SPLIT["full"], shard=ranks > 1, callbacks=[StopAt(2)])
+
+
+def task_sharded_resume(folder: Path) -> None:
+    """Go on with what another number of ranks began."""
+    ranks = world_size()
+    training(folder / f"begun by {3 - ranks}", "full", **BRIEF | SPLIT["full"], shard=ranks > 1)
+
+
+def task_split(folder: Path) -> None:
+    """What a rank holds of a split model, and what cannot be done to one."""
+    of = applied("full")
+    size, largest = (measure(p.numel() for p in of.model.parameters()) for measure in (sum, max))
+    let_go = weakref.ref(next(p for p in of.model.parameters() if p.numel() == largest))
+    split_model(of, make_accelerator().device)
+    gc.collect()
+    assert let_go() is None, "the whole weight is still there"
+    held = sum(piece(p).numel() for p in of.model.parameters())
+    assert held == pytest.approx(size / world_size(), rel=0.02)
+    for forbidden in (of.merge, of.remove, lambda: of.add(folder, "other")):
+        with pytest.raises(ApplyError, match="split over the ranks"):
+            forbidden()
+
+
 def task_resume(folder: Path) -> None:
     """Go on with what FOLDER holds."""
     training(folder / "run", "full")
@@ -126,6 +184,8 @@ def task_resume(folder: Path) -> None:
 
 if __name__ == "__main__":
     make_accelerator()
-    globals()[f"task_{sys.argv[1]}"](Path(sys.argv[2]))
+    *tasks, where = sys.argv[1:]
+    for task in tasks:
+        globals()[f"task_{task}"](Path(where))
     if distributed.is_initialized():
         distributed.destroy_process_group()

@@ -7,14 +7,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ranked
 import torch
 
-from clipfreeze.errors import InterruptedRunError
-from clipfreeze.train.loop import Callback
+from clipfreeze.errors import DataError, InterruptedRunError
+from clipfreeze.policy.schema import Optimizer
+from clipfreeze.stored import WEIGHTS, read_weights
+from clipfreeze.train.settings import training_settings
+from clipfreeze.train.sharding import check_sharding
 
 HERE = Path(__file__).parent
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "{}")
@@ -74,17 +78,64 @@ def test_a_run_on_several_ranks_has_the_loss_curve_of_one(tmp_path: Path, world:
     assert json.loads((tmp_path / f"broken {world}.json").read_text()) == ["red 0: not a picture Pillow can read"]
 
 
-class _Stop(Callback):
-    def on_step(self, run: Any, record: Any) -> None:
-        if record["step"] == 3:
-            run.stopping.asked = "SIGTERM"
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of the same runs, split over two ranks and whole in one process, some begun by the one or the other."""
+    folder = tmp_path_factory.mktemp("split")
+    ranked.task_sharded(folder)
+    launch(2, str(HERE / "ranked.py"), "split", "sharded", "sharded_resume", str(folder))
+    ranked.task_sharded_resume(folder)
+    return folder
+
+
+@pytest.mark.parametrize("policy", ranked.SPLIT)
+def test_a_split_model_learns_what_a_whole_one_does(split: Path, policy: str) -> None:
+    one, two = split / f"{policy} 1", split / f"{policy} 2"
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    assert len(losses(one)) == (4 if policy == "full" else 2)
+    expected, base, _ = read_weights(one / WEIGHTS)
+    found, of, whole = read_weights(two / WEIGHTS)
+    assert (base, True) == (of, whole)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("begun_by", [1, 2])
+def test_a_run_goes_on_split_or_whole(split: Path, begun_by: int) -> None:
+    one, resumed = split / "full 1", split / f"begun by {begun_by}"
+    assert losses(resumed) == pytest.approx(losses(one), abs=1e-5)
+    torch.testing.assert_close(read_weights(resumed / WEIGHTS)[0], read_weights(one / WEIGHTS)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "match"),
+    [
+        ({"batch_size": "auto"}, {}, "batch_size auto"),
+        ({}, {"name": "lamb"}, "the optimizer lamb"),
+        ({}, {"fused": True}, "the option fused"),
+    ],
+)
+def test_what_does_not_go_with_a_split_model_is_refused(
+    settings: dict[str, Any], options: dict[str, Any], match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clipfreeze.train.sharding.world_size", lambda: 2)
+    whole = SimpleNamespace(scaler=None)
+    check_sharding(training_settings(shard=True), Optimizer(), whole)
+    with pytest.raises(DataError, match=match):
+        check_sharding(training_settings(shard=True, **settings), Optimizer(**options), whole)
+    with pytest.raises(DataError, match="fp16"):
+        check_sharding(training_settings(shard=True), Optimizer(), SimpleNamespace(scaler=object()))
+
+
+def test_one_process_cannot_split_a_model(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="this is the only one"):
+        ranked.training(tmp_path / "run", "full", shard=True)
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     ranked.training(tmp_path / "straight", "full")
     with pytest.raises(InterruptedRunError, match="after step 3"):
-        ranked.training(tmp_path / "run", "full", callbacks=[_Stop()])
+        ranked.training(tmp_path / "run", "full", callbacks=[ranked.StopAt(3)])
     launch(2, str(HERE / "ranked.py"), "resume", str(tmp_path), by=ACCELERATE)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "straight"), abs=1e-5)
 
