@@ -92,7 +92,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_split_model_learns_what_a_whole_one_does(split: Path, policy: str) -> None:
     one, two = split / f"{policy} 1", split / f"{policy} 2"
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
-    assert len(losses(one)) == (4 if policy == "full" else 2)
+    assert len(losses(one)) == 4
     expected, base, _ = read_weights(one / WEIGHTS)
     found, of, whole = read_weights(two / WEIGHTS)
     assert (base, True) == (of, whole)
