@@ -18,7 +18,7 @@ from clipfreeze.train.loop import Callback, Result, Run, fit
 from clipfreeze.train.pairs import Pair, PairSet
 
 import tiny
-from hand import ByHand, Words, colour_pairs, transform
+from hand import COLOURS, ByHand, Words, colour_pairs, transform
 
 
 def model() -> Any:
@@ -164,8 +164,6 @@ def test_too_many_broken_pictures_end_the_run_with_their_list(caplog: pytest.Log
 
 
 def test_class_prompts_train_by_cross_entropy_over_all_classes() -> None:
-    from hand import COLOURS
-
     applied = ByHand(model())
     pairs = colour_pairs(2, labelled=True)
     result = fit(
@@ -225,3 +223,45 @@ def test_a_scaled_step_that_overflows_is_left_out_and_too_many_end_the_run(monke
     assert once.scales[2] == once.scales[3] != once.scales[4]  # the third step was left out
     with pytest.raises(RunError, match="the loss is nan at step 22"):
         run(planned("logit_scale"), callbacks=[Overflows(False)], epochs=20)
+
+
+def test_weights_that_are_no_numbers_are_in_no_checkpoint(tmp_path: Path) -> None:
+    class Hooked(Callback):
+        def on_step(self, run: Run, record: Any) -> None:
+            if record["step"] == 2:
+                run.applied.trainable()["logit_scale"].register_hook(lambda grad: grad * float("nan"))
+
+    with pytest.raises(RunError, match="weights are not finite numbers after step 3: logit_scale"):
+        run(planned("projections"), folder=tmp_path, callbacks=[Hooked()], save_every="1 steps")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_another_precision_than_the_process_has_is_refused() -> None:
+    make_accelerator("fp32")
+    with pytest.raises(DataError, match="already"):
+        run(planned("full"), precision="bf16")
+
+
+def test_an_objective_that_does_not_reach_the_head_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("\n".join(COLOURS))
+    applied = planned("head", classes=str(tmp_path / "classes.txt"), init="zeros")
+    with pytest.raises(DataError, match="the contrastive loss does not reach the head"):
+        values: dict[str, Any] = {"tokenizer": Words(), "transform": transform(), "batch_size": 4}
+        fit(applied, colour_pairs(labelled=True), objective="contrastive", **values)
+
+
+def test_measuring_nothing_is_refused() -> None:
+    with pytest.raises(DataError, match="nothing to measure"):
+        run(planned("full"), evaluate_every="2 steps")
+
+
+def test_a_path_gives_the_part_it_names_for_training(tmp_path: Path) -> None:
+    rows = ["image,caption,split"]
+    for number, pair in enumerate(colour_pairs(2)):
+        assert isinstance(pair.image, bytes)
+        (tmp_path / f"{number}.png").write_bytes(pair.image)
+        rows.append(f"{number}.png,{pair.captions[0]},{'train' if number < 10 else 'val'}")
+    (tmp_path / "all.csv").write_text("\n".join(rows))
+    values: dict[str, Any] = {"tokenizer": Words(), "transform": transform(), "epochs": 1, "batch_size": 2}
+    result = fit(planned("projections"), tmp_path / "all.csv", {"target": tmp_path / "all.csv"}, **values)
+    assert (result.steps, result.after["target"].images) == (5, 6)

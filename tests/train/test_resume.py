@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,14 @@ def model() -> Any:
     return tiny.FAMILIES["clip_vit"]()
 
 
-def train(folder: Path, policy: str, stop: int | None = None, data: PairSet = DATA, **settings: Any) -> Result:
+def train(
+    folder: Path,
+    policy: str,
+    stop: int | None = None,
+    data: PairSet = DATA,
+    callbacks: Sequence[Callback] = (),
+    **settings: Any,
+) -> Result:
     """Start, or go on if there is a checkpoint."""
     module = model()
     resume = read_checkpoint(folder) if (folder / CHECKPOINTS).exists() else None
@@ -73,7 +80,7 @@ def train(folder: Path, policy: str, stop: int | None = None, data: PairSet = DA
         transform=transform(),
         train_transform=transform(train=True),
         folder=folder,
-        callbacks=[] if stop is None else [StopAt(stop)],
+        callbacks=[*callbacks, *([] if stop is None else [StopAt(stop)])],
         resume=resume,
         **values,
     )
@@ -220,3 +227,55 @@ def test_a_checkpoint_is_what_load_takes_and_holds_no_pickle(tmp_path: Path) -> 
 def test_no_checkpoint_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no checkpoint"):
         read_checkpoint(tmp_path)
+
+
+def test_a_run_killed_when_its_end_was_decided_does_not_train_on(tmp_path: Path) -> None:
+    decided: dict[str, Any] = {"evaluate_every": "1 steps", "patience": 1, "best": "top1"}
+    ended = train(tmp_path / "straight", "full", **decided)
+    assert ended.steps < STEPS
+
+    class Signalled(Callback):
+        def on_evaluation(self, run: Run, metrics: Any) -> None:
+            if run.reason is not None:
+                run._save()
+                raise KeyboardInterrupt  # as if it were killed while it measures for the last time
+
+    with pytest.raises(InterruptedRunError):
+        train(tmp_path / "run", "full", callbacks=[Signalled()], **decided)
+    result = train(tmp_path / "run", "full", **decided)
+    assert result.steps == ended.steps
+    assert result.kept_step == ended.kept_step
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "straight")
+    assert all(torch.equal(of, tensors(tmp_path / "run")[name]) for name, of in tensors(tmp_path / "straight").items())
+
+
+def test_a_folder_of_another_run_is_not_written_to(tmp_path: Path) -> None:
+    train(tmp_path / "run", "full")
+    before = sorted(path.name for path in (tmp_path / "run" / CHECKPOINTS).iterdir())
+    module = model()
+    applied = clipfreeze.apply(clipfreeze.resolve(clipfreeze.load_policy("full"), module), module)
+    with pytest.raises(DataError, match="holds a run"):
+        fit(applied, DATA, tokenizer=Words(), transform=transform(), folder=str(tmp_path / "run"), batch_size=4)
+    assert sorted(path.name for path in (tmp_path / "run" / CHECKPOINTS).iterdir()) == before
+
+
+def test_other_settings_or_sets_to_measure_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRunError):
+        train(tmp_path, "full", stop=2)
+    with pytest.raises(DataError, match=r"setting clip_grad \(None, now 1.0\)"):
+        train(tmp_path, "full", clip_grad=1.0)
+    state = tmp_path / CHECKPOINTS / "step-00000002" / "state.json"
+    saved = json.loads(state.read_text())
+    saved["run"]["target data"] = "of other pictures"
+    state.write_text(json.dumps(saved))
+    with pytest.raises(DataError, match="changed since is the target data"):
+        train(tmp_path, "full")
+
+
+def test_folders_of_the_user_s_beside_checkpoints_do_no_harm(tmp_path: Path) -> None:
+    for step in (1, 2):
+        checkpoints.save_checkpoint(tmp_path, {"step": step}, {}, lambda path: None)
+    (tmp_path / CHECKPOINTS / "step-00000001.bak").mkdir()
+    keep_checkpoints(tmp_path, 1, None)
+    assert read_checkpoint(tmp_path).step == 2
+    assert (tmp_path / CHECKPOINTS / "step-00000001.bak").exists()

@@ -19,6 +19,9 @@ from clipfreeze.train.settings import training_settings
         ({"precision": "fp8"}, "precision = 'fp8': input should be 'auto', 'fp32', 'bf16' or 'fp16'"),
         ({"evaluate_every": "often"}, "evaluate_every = 'often': write a number of steps"),
         ({"save_every": "0 steps"}, "0 is no stretch"),
+        ({"on_floor": "stop"}, "on_floor without a retain_floor"),
+        ({"batch_size": "auto", "micro_batch": 2}, "with micro_batch, say a number"),
+        ({"clip_grad": float("inf")}, "clip_grad = inf"),
         ({"ema": 1.0}, "ema = 1.0: input should be less than 1"),
     ],
 )
