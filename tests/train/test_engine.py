@@ -245,8 +245,8 @@ def test_another_precision_than_the_process_has_is_refused() -> None:
 def test_an_objective_that_does_not_reach_the_head_is_refused(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("\n".join(COLOURS))
     applied = planned("head", classes=str(tmp_path / "classes.txt"), init="zeros")
+    values: dict[str, Any] = {"tokenizer": Words(), "transform": transform(), "batch_size": 4}
     with pytest.raises(DataError, match="the contrastive loss does not reach the head"):
-        values: dict[str, Any] = {"tokenizer": Words(), "transform": transform(), "batch_size": 4}
         fit(applied, colour_pairs(labelled=True), objective="contrastive", **values)
 
 
