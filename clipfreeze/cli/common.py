@@ -34,6 +34,9 @@ ModelOption = Annotated[
     str,
     typer.Option("--model", "-m", metavar="MODEL", help="an open_clip name, local-dir:FOLDER, hf-hub:NAME, or demo"),
 ]
+PretrainedOption = Annotated[
+    str | None, typer.Option(metavar="TAG|PATH", help="one of open_clip's tags, or a checkpoint file")
+]
 SetOption = Annotated[list[str], typer.Option("--set", metavar="KNOB=VALUE", help="set a knob; may be repeated")]
 FormatOption = Annotated[Format, typer.Option("--format", help="how to print")]
 

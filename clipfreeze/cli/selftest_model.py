@@ -6,21 +6,22 @@ from typing import Annotated
 
 import typer
 
-from clipfreeze.cli.common import PolicyArgument, SetOption, anatomy_of, knob_settings, plan_for
+from clipfreeze.cli.common import (
+    ModelOption,
+    PolicyArgument,
+    PretrainedOption,
+    SetOption,
+    anatomy_of,
+    knob_settings,
+    plan_for,
+)
 from clipfreeze.errors import RunError
 
 
 def run(
     policy: PolicyArgument = "full",
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model", "-m", metavar="MODEL", help="an open_clip name, local-dir:FOLDER, hf-hub:NAME, or demo"
-        ),
-    ] = "demo",
-    pretrained: Annotated[
-        str | None, typer.Option(metavar="TAG|PATH", help="one of open_clip's tags, or a checkpoint file")
-    ] = None,
+    model: ModelOption = "demo",
+    pretrained: PretrainedOption = None,
     settings: SetOption = [],  # noqa: B006 - typer reads it, nobody writes it
     batch_size: Annotated[int, typer.Option(min=2, help="pairs")] = 8,
     micro_batch: Annotated[int, typer.Option(min=1, help="pairs in a chunk")] = 3,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clipfreeze import demo
-from clipfreeze.cli.common import Format, SetOption, anatomy_of, knob_settings, plan_of
+from clipfreeze.cli.common import Format, ModelOption, PretrainedOption, SetOption, anatomy_of, knob_settings, plan_of
 from clipfreeze.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,15 +24,8 @@ def run(
     policy: Annotated[
         str | None, typer.Argument(metavar="POLICY", help="a built-in policy's name, or a policy file")
     ] = None,
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model", "-m", metavar="MODEL", help="an open_clip name, local-dir:FOLDER, hf-hub:NAME, or demo"
-        ),
-    ] = DEMO_MODEL,
-    pretrained: Annotated[
-        str | None, typer.Option(metavar="TAG|PATH", help="one of open_clip's tags, or a checkpoint file")
-    ] = None,
+    model: ModelOption = DEMO_MODEL,
+    pretrained: PretrainedOption = None,
     data: Annotated[
         str | None,
         typer.Option(

@@ -71,23 +71,24 @@ class Engine:
     skipped: int = 0
     unproved: bool = True  # whether what trains now gets its gradients
     last_good: Path | None = None  # checkpoint
+    training: dict[str, nn.Parameter] = field(init=False)  # what trains now
     wrapped: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
         self.wrapped = self.module
 
     def wrap(self, batch: Batch) -> None:
-        """Let DistributedDataParallel reduce what trains now, and gets a gradient from a piece of this batch. A split
-        model does so itself.
+        """Look up what trains now, and let DistributedDataParallel reduce what of it gets a gradient from a piece of
+        this batch; a split model does so itself.
 
-        Again whenever another set of parameters trains: it looks at requires_grad once.
+        Before the first step, and again whenever another set of parameters trains: requires_grad is looked at once.
         """
         self.unproved = True
+        self.training = self.applied.training()  # looked up once: it walks the model
         if world_size() == 1 or self.settings.shard:
             return
-        trained = self._trained()
-        idle = set(trained) - self._reached_by(_piece(self._here(batch), self.module.reads_classes))
-        names = {id(parameter): name for name, parameter in trained.items() if name not in idle}
+        idle = set(self.training) - self._reached_by(_piece(self._here(batch), self.module.reads_classes))
+        names = {id(parameter): name for name, parameter in self.training.items() if name not in idle}
         aside = [name for name, parameter in self.module.named_parameters() if id(parameter) not in names]
         aside += [name for name, _ in self.module.named_buffers()]  # frozen: no BatchNorm moves
         wrapper: Any = nn.parallel.DistributedDataParallel
@@ -115,18 +116,18 @@ class Engine:
                 raise RunError("the loss reaches nothing that trains", "another objective, or another policy")
             self.accelerator.backward(loss)
         if self.settings.shard:
-            average_gradients(self._trained().values())
+            average_gradients(self.training.values())
         total, *told = summed([loss.item(), *flags()], loss.device)
         taken = Step(total / world_size(), told)
         self._check_loss(taken.loss, step)
         if self.unproved and math.isfinite(taken.loss):
             self.notes += gradient_notes(self.applied, scaled=self.accelerator.scaler is not None)
             self.unproved = False
-        self.reached |= {name for name, p in self._trained().items() if p.grad is not None}
+        self.reached |= {name for name, p in self.training.items() if p.grad is not None}
         if self.settings.clip_grad is not None and self.settings.shard:
-            clip_gradients(self._trained().values(), self.settings.clip_grad)
+            clip_gradients(self.training.values(), self.settings.clip_grad)
         elif self.settings.clip_grad is not None:
-            self.accelerator.clip_grad_norm_(self._trained().values(), self.settings.clip_grad)
+            self.accelerator.clip_grad_norm_(self.training.values(), self.settings.clip_grad)
         self.optimizer.step()
         self._count_skipped(taken.loss, step)
         self.scheduler.step()
@@ -148,14 +149,11 @@ class Engine:
         moved: Batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
         return moved
 
-    def _trained(self) -> dict[str, nn.Parameter]:
-        return self.applied.training()
-
     def _reached_by(self, batch: Batch) -> set[str]:
         """Names of what gets a gradient; the dice go on as if nothing had been drawn."""
         with undrawn(self.accelerator.device), self.accelerator.autocast():
             self.module(**batch).backward()
-        reached = {name for name, parameter in self._trained().items() if parameter.grad is not None}
+        reached = {name for name, parameter in self.training.items() if parameter.grad is not None}
         self.optimizer.zero_grad()
         return reached
 
@@ -171,7 +169,7 @@ class Engine:
 
     def _give_up(self, loss: float, step: int) -> NoReturn:
         rates = ", ".join(f"{group['name']} {group['lr']:g}" for group in self.optimizer.param_groups)
-        what = f"the loss is {loss} at step {step} (lr: {rates}; {_largest(self._trained())})"
+        what = f"the loss is {loss} at step {step} (lr: {rates}; {_largest(self.training)})"
         good = f"; the last good checkpoint is {self.last_good}" if self.last_good else ""
         raise RunError(what + good, "lower the lr, lengthen the warmup, or clip gradients: --clip-grad 1")
 

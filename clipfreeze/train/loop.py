@@ -500,8 +500,10 @@ class Run:
         if state["kept_step"] is not None:
             assert self.folder is not None
             self.kept_step, path = state["kept_step"], checkpoint_path(self.folder, state["kept_step"])
-            averages = _below("average/", read_tensors(path))
-            weights = averages or read_weights(path / WEIGHTS)[0]
+            if self.average is not None:
+                weights = _below("average/", read_tensors(path))
+            else:
+                weights, *_ = read_weights(path / WEIGHTS)
             self.kept = {name: piece(cut_like(weights[name], p)) for name, p in self.applied.trainable().items()}
             if self.floor is not None:
                 self.floor.kept = self.kept_step

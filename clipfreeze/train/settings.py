@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from clipfreeze.errors import DataError, Problem, did_you_mean
-from clipfreeze.policy.actions import Spec
+from clipfreeze.policy.actions import Positive, Spec
 from clipfreeze.policy.span import parse_span
 from clipfreeze.train.objective import ObjectiveName
 
@@ -34,7 +34,6 @@ def _span(value: str) -> str:
     return value
 
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Stretch = Annotated[str, AfterValidator(_span)]
 
 
@@ -54,9 +53,7 @@ class TrainingSettings(Spec):
     objective: ObjectiveName = Field(
         "auto", description="contrastive, classes (cross-entropy over class prompts), or auto: as the policy asks"
     )
-    clip_grad: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        None, description="the gradient's largest norm"
-    )
+    clip_grad: Positive | None = Field(None, description="the gradient's largest norm")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="of autocast; auto: bf16 where the GPU has it. Trained weights are fp32 always"
     )

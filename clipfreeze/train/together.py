@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, distributed
 
 from clipfreeze.errors import ClipfreezeError
+from clipfreeze.train.distributed import everyones, rank, world_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Shard:
         if errors := [each[0] for each in said if each[0] is not None]:
             raise errors[0]
         _, width, dtype = max(said, key=lambda each: each[1])  # a process without pictures knows no width
-        shares = [Shard(rank, self.world).rows(count, size) for rank in range(self.world)]
+        shares = [Shard(number, self.world).rows(count, size) for number in range(self.world)]
         longest = torch.zeros(max(map(len, shares)), width, dtype=dtype, device=device)
         longest[: len(own), : features.shape[1]] = features
         parts = [torch.empty_like(longest) for _ in shares]
@@ -57,14 +58,9 @@ class Shard:
 
     def told(self, value: Any) -> list[Any]:
         """The value of each process, in their order; anything that pickles."""
-        said = [value] * self.world
-        if self.world > 1:
-            distributed.all_gather_object(said, value)
-        return said
+        return everyones(value) if self.world > 1 else [value]
 
 
 def this_shard() -> Shard:
     """Of this process among those of torch.distributed; alone where that is not running."""
-    if distributed.is_available() and distributed.is_initialized():
-        return Shard(distributed.get_rank(), distributed.get_world_size())
-    return Shard()
+    return Shard(rank(), world_size())
