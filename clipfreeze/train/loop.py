@@ -7,8 +7,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,7 @@ from clipfreeze.train.sharding import check_sharding, split_model
 from clipfreeze.train.sources import read_data
 from clipfreeze.train.stopping import Stopping
 from clipfreeze.train.stream import PairStream, StreamLoader, TrainingData
+from clipfreeze.train.thrift import Thrift
 from clipfreeze.train.together import Shard, this_shard
 from clipfreeze.train.tuned import for_training, measure_tuned, measure_untuned, unknown_notes
 
@@ -158,7 +159,9 @@ class Run:
         self.prompts = ClassTexts(tokens, pairs, settings.seed) if module.reads_classes else None
 
         def loader(batch_size: int) -> TrainingLoader | StreamLoader:
-            kind: Any = StreamLoader if isinstance(pairs, PairStream) else TrainingLoader
+            kind: Any = StreamLoader
+            if not isinstance(pairs, PairStream):
+                kind = partial(TrainingLoader, views=settings.views)
             made: TrainingLoader | StreamLoader = kind(
                 pairs,
                 train_transform or transform,
@@ -191,6 +194,10 @@ class Run:
         self.scheduler = applied.scheduler(self.optimizer, self.total_steps, self.steps_per_epoch)
         prepared = self.accelerator.prepare_optimizer(self.optimizer)
         self.engine = Engine(applied, module, self.accelerator, prepared, self.scheduler, settings)
+        samples = self.loader.samples if isinstance(self.loader, TrainingLoader) else None
+        self.thrift = None if settings.shard else Thrift(applied, module, self.accelerator, settings, samples)
+        if self.thrift is not None and isinstance(self.loader, TrainingLoader):
+            self.loader.leave_out(self.thrift.knows)
         self.average = Average(applied.trainable(), settings.ema) if settings.ema is not None else None
         self.step = 0
         self.phase: int | None = -1  # that the ranks are ready for; before the first step none
@@ -258,7 +265,11 @@ class Run:
                 f"{self.accelerator.device}, from step {self.step}"
             )
             self.waited, started = 0.0, time.monotonic()
-            self._train()
+            try:
+                self._train()
+            finally:
+                if self.thrift is not None:
+                    self.thrift.close()
             return self._finish(time.monotonic() - started)
 
     def stop(self, reason: str) -> None:
@@ -282,8 +293,9 @@ class Run:
     def _take(self, loaded: Loaded, epoch: int, waited: float) -> None:
         """One step, and what is due after it."""
         started = time.monotonic()
-        batch = loaded.batch if self.prompts is None else {**loaded.batch, "text": self.prompts.at(self.step)}
-        self._follow_phase(batch)
+        if self.prompts is not None:
+            loaded = replace(loaded, batch={**loaded.batch, "text": self.prompts.at(self.step)})
+        batch = self._follow_phase(loaded)
         lr = {str(group["name"]): float(group["lr"]) for group in self.optimizer.param_groups}
         taken = self.engine.update(batch, self.step + 1, lambda: [*self._asked_to_end(), float(bool(loaded.broken))])
         self.step += 1
@@ -336,11 +348,20 @@ class Run:
         every = max(1, parse_span(stretch).steps(self.total_steps, self.steps_per_epoch))
         return self.step % every == 0 or self.step == self.total_steps
 
-    def _follow_phase(self, batch: Batch) -> None:
-        """Where the schedule has begun a phase, other parameters train, and the ranks reduce those."""
-        if self.phase != self.applied.phase:
+    def _follow_phase(self, loaded: Loaded) -> Batch:
+        """The batch as the engine takes it. Where the schedule has begun a phase, other parameters train, other parts
+        are frozen, and the ranks reduce what trains.
+        """
+        begins = self.phase != self.applied.phase
+        if begins and self.thrift is not None:
+            self.thrift.enter(loaded)
+            for line in self.thrift.take_notes():
+                self.journal.note(line)
+        batch = loaded.batch if self.thrift is None else self.thrift.prepare(loaded)
+        if begins:
             self.phase = self.applied.phase
             self.engine.wrap(batch)
+        return batch
 
     def _prepare_decisions(self) -> None:
         """What evaluations under way decide. DataError for a score that is not measured."""
