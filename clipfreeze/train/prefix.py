@@ -8,11 +8,11 @@ is given what the tower makes with an identity in its place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,11 @@ from clipfreeze.train.dice import dice_on, throw_again, undrawn
 FEATURES = "features"
 """The part that nothing at work precedes: all of the tower is frozen."""
 
-Encode = Callable[[Tensor], Tensor]
-"""A tower's (B, D) features of pictures or ids."""
+
+class Encode(Protocol):
+    """A tower's (B, D) fp32 features of pictures or ids."""
+
+    def __call__(self, given: Tensor, /, normalize: bool = True) -> Tensor: ...
 
 
 class NoCutError(Exception):
@@ -43,7 +46,7 @@ class Prefix:
     """
 
     part: str
-    reach: Encode
+    reach: Callable[[Tensor], Tensor]
     go_on: Callable[[Tensor, Tensor | None], Tensor]  # from what reach gave; of texts their ids too
     close: Callable[[], None] = lambda: None
     at_projection: bool = False  # what reach gives is pooled
@@ -69,9 +72,16 @@ def _places_of(site: Site, tower: str, groups: Sequence[tuple[str, ...]]) -> lis
     if isinstance(site, LoraSite):
         return [site.parameter]
     if isinstance(site, AdapterSite):
-        return [site.source, site.target]
+        known = {name for group in groups for name in group}
+        last = (groups[-2] or groups[-3])[-1]  # of one behind the tower as a whole, the rest must be called
+        return [name if _within(name, known) else last for name in (site.source, site.target)]
     assert isinstance(site, PromptSite)
     return [groups[1 if tower == "vision" else 0][0]]
+
+
+def _within(name: str, known: Collection[str]) -> bool:
+    steps = name.split(".")
+    return any(".".join(steps[:end]) in known for end in range(1, len(steps) + 1))
 
 
 def find_prefix(applied: Applied, tower: str, encode: Encode, example: Tensor, tolerance: float) -> Prefix:
@@ -90,7 +100,7 @@ def find_prefix(applied: Applied, tower: str, encode: Encode, example: Tensor, t
         called = _called(model, course(model, tower).modules, partial(encode, example))
         begins = next((name for name in called if name in entry.modules), None)
         if begins is None:
-            ways = [partial(_at_projection, model, tower, name) for name in entry.modules[:1]]
+            ways = [partial(_at_projection, model, entry.modules[0], encode)]
         else:
             before = called[: called.index(begins)]
             skipped = [name for name in before if not f"{begins}.".startswith(f"{name}.")]
@@ -208,9 +218,8 @@ def _first(given: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return given
 
 
-def _at_projection(model: Any, tower: str, name: str) -> Prefix:
+def _at_projection(model: nn.Module, name: str, encode: Encode) -> Prefix:
     """Cut before the product with the tower's last map: a bare factor (in, out), or a Linear that is not called."""
-    encoder = model.encode_image if tower == "vision" else model.encode_text
     modules = dict(model.named_modules())
     if name in modules and not isinstance(modules[name], nn.Linear):
         raise NoCutError(f"{name} is not called as a module")
@@ -223,8 +232,7 @@ def _at_projection(model: Any, tower: str, name: str) -> Prefix:
 
     def reach(given: Tensor) -> Tensor:
         with shadowed(owner, stand_ins):
-            state: Tensor = encoder(given, normalize=False)
-        return state
+            return encode(given, normalize=False)
 
     def go_on(state: Tensor, ids: Tensor | None) -> Tensor:
         features = owner(state) if name in modules else state @ getattr(owner, leaf)

@@ -49,16 +49,16 @@ class TextTower:
             return [ids.shape[1]] * len(ids)
         return (text_ends(self.tokens, ids) + 1).tolist()
 
-    def encode(self, ids: Tensor) -> Tensor:
-        """ids: (B, l) -> (B, D) normalised fp32 features, of rows that may be cut short."""
+    def encode(self, ids: Tensor, normalize: bool = True) -> Tensor:
+        """ids: (B, l) -> (B, D) fp32 features, of rows that may be cut short."""
         with self._as_long_as(ids):
-            features: Tensor = self.model.encode_text(ids, normalize=True)
+            features: Tensor = self.model.encode_text(ids, normalize=normalize)
         return features.float()
 
     def _as_long_as(self, ids: Tensor) -> AbstractContextManager[None]:
         """open_clip's tower has positions and mask of its whole context; Hugging Face's take any length."""
         positions = self.owner._parameters.get("positional_embedding")
-        if positions is None or ids.shape[1] >= len(positions):
+        if self.tokens is None or positions is None or ids.shape[1] >= len(positions):
             return nullcontext()
         length = ids.shape[1]
         values: dict[str, Tensor | None] = {"positional_embedding": positions[:length]}

@@ -24,7 +24,7 @@ from clipfreeze.changes import Applied
 from clipfreeze.train.batches import Batch, Draw, Loaded, TrainingSamples
 from clipfreeze.train.dice import dice_on, undrawn
 from clipfreeze.train.kept import Budget, Kept, Memory
-from clipfreeze.train.objective import Chunk, Training
+from clipfreeze.train.objective import Training
 from clipfreeze.train.prefix import FEATURES, NoCutError, Prefix, find_prefix
 from clipfreeze.train.settings import TrainingSettings
 from clipfreeze.train.texts import TextTower, groups, unique
@@ -238,8 +238,9 @@ class Thrift:
     def _name(self, tower: str) -> str:
         return ""
 
-    def _encode_image(self, pixels: Tensor) -> Tensor:
-        return self.module.encode(Chunk(pixels, False))
+    def _encode_image(self, pixels: Tensor, normalize: bool = True) -> Tensor:
+        features: Tensor = self.applied.model.encode_image(pixels, normalize=normalize)
+        return features.float()
 
     def _draws(self, encode: Callable[[Tensor], Tensor], example: Tensor) -> bool:
         """Whether the tower draws random numbers."""
@@ -333,10 +334,12 @@ class Thrift:
 
     def _through(self, prefix: Prefix, given: Tensor, at_once: int) -> list[Tensor]:
         """What the prefix makes of each, so many at once, the last ones filled up."""
-        if rest := -len(given) % at_once:
+        count = len(given)
+        if rest := -count % at_once:
             given = torch.cat([given, given[:1].expand(rest, *given.shape[1:])])
         with torch.no_grad(), self.accelerator.autocast():
-            return [row for part in torch.split(given, at_once) for row in prefix.reach(part).unbind()]
+            made = [row for part in torch.split(given, at_once) for row in prefix.reach(part).unbind()]
+        return made[:count]
 
 
 def memory_budget(said: str | None) -> int:
