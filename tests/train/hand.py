@@ -93,9 +93,17 @@ class ByHand:
     additions: tuple[Any, ...] = ()
     phase: None = None
 
+    sites: tuple[Any, ...] = ()
+
     def __post_init__(self) -> None:
+        names = [name for name, _ in self.model.named_parameters()]
         self.plan = SimpleNamespace(
-            schedule=Schedule(name="constant", warmup=self.warmup), optimizer=Optimizer(), anchor=Anchor(), sites=()
+            schedule=Schedule(name="constant", warmup=self.warmup),
+            optimizer=Optimizer(),
+            anchor=Anchor(),
+            sites=(),
+            parameters=[SimpleNamespace(name=name, dropout=None) for name in names],
+            trains_in=lambda phase: frozenset(self.names or names),
         )
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not self.names or name in self.names)
