@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from clipfreeze.train.store_folder import Use, make_folder, make_room
+from clipfreeze.train.store_folder import NAME, Use, make_folder, make_room
 from clipfreeze.train.store_reader import Reader
 from clipfreeze.train.store_records import RECORD, Records
 from clipfreeze.train.store_segment import Segment, new_stem
@@ -31,6 +31,7 @@ class Store:
 
         DataError if the folder cannot be used. One that cannot be written is only read, and a note says so.
         """
+        assert NAME.fullmatch(name), name
         self._path, self._most_bytes = folder / name, most_bytes
         self._lock = threading.RLock()
         self._records, self._reader = Records(), Reader(self._path)
@@ -67,8 +68,9 @@ class Store:
         with self._lock:
             new: dict[bytes, Tensor] = {}
             for key, row, place in zip(keys, rows, self._records.find(keys), strict=True):
-                if place is None and key not in new and self._has_room(row.nbytes + RECORD.itemsize):
-                    new[key] = row
+                if place is None:
+                    new.setdefault(key, row)
+            new = self._that_fit(new)
             if not new:
                 return
             try:
@@ -109,26 +111,33 @@ class Store:
     def _own_segment(self) -> Segment:
         """The files of this process: one that was forked off does not write into those of its parent."""
         if self._segment is None or self._segment.process != os.getpid():
+            if self._segment:
+                self._segment.close()
             stem = new_stem()
             self._segment = Segment(self._path, stem, self._reader.number_of(stem))
         return self._segment
 
-    def _has_room(self, needed: int) -> bool:
-        """Whether so many bytes more may be written; they are then taken.
+    def _that_fit(self, rows: dict[bytes, Tensor]) -> dict[bytes, Tensor]:
+        """The first of these rows, as far as the bound lets them be written.
 
-        Others fill the folder too: what may be written before looking again is a small part of what is left, so that
-        all together stay under the bound.
+        Others fill the folder too: what may be written before looking at it again is a small part of what is left, so
+        that all together stay under the bound.
         """
-        if not self._writes:
-            return False
-        if needed > self._may_write:
-            held = make_room(self._path, self._most_bytes - needed * _WRITERS)
-            self._may_write = (self._most_bytes - held) // _WRITERS
-        if needed > self._may_write:
-            self._stop_writing(f"is full (--cache-dir may hold {self._most_bytes / 1e9:.3g} GB)")
-            return False
-        self._may_write -= needed
-        return True
+        fitting: dict[bytes, Tensor] = {}
+        taken = 0  # bytes, which the folder does not show yet
+        for key, row in rows.items():
+            needed = row.nbytes + RECORD.itemsize
+            if self._writes and needed > self._may_write:
+                left = self._most_bytes - taken
+                self._may_write = (left - make_room(self._path, left - needed * _WRITERS)) // _WRITERS
+                if needed > self._may_write:
+                    self._stop_writing(f"is full (--cache-dir may hold {self._most_bytes / 1e9:.3g} GB)")
+            if not self._writes:
+                break
+            fitting[key] = row
+            taken += needed
+            self._may_write -= needed
+        return fitting
 
     def _stop_writing(self, why: str) -> None:
         if self._writes:

@@ -22,7 +22,7 @@ from clipfreeze.errors import DataError, Problem
 
 MARK = "clipfreeze-store.txt"
 _MARK_TEXT = "Activations that clipfreeze keeps for later epochs and runs. This folder may be deleted at any time.\n"
-_NAME = re.compile(r"[0-9a-f]{8,}")
+NAME = re.compile(r"[0-9a-f]{8,}")
 _OURS = re.compile(r"[0-9a-f]{16}-\d+-[0-9a-f]{8}\.(rows|index)|open-[0-9a-f]{8}-\d+-[0-9a-f]{8}")
 _FOREIGN_USE_SECONDS = 24 * 3600.0  # another machine's process cannot be asked whether it lives
 
@@ -80,7 +80,7 @@ def make_room(keep: Path, most_bytes: int) -> int:
 
 def _stores(folder: Path) -> list[Path]:
     try:
-        return [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and _is_store(path)]
+        return [path for path in folder.iterdir() if NAME.fullmatch(path.name) and _is_store(path)]
     except OSError:
         return []
 

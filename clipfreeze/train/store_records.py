@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-KEY_BYTES, MOST_DIMS = 16, 4
+KEY_BYTES, MOST_DIMS, MOST_UNSORTED = 16, 4, 4096
 DTYPES = (
     *(torch.float32, torch.float16, torch.bfloat16, torch.float64),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
@@ -94,7 +94,7 @@ class Records:
     def put(self, key: bytes, place: bytes | None) -> None:
         """Note a new place, or None to forget the key."""
         self._since[key] = place
-        if len(self._since) > 4096 + len(self._keys) // 4:  # in proportion, so that all sorting together is n log n
+        if len(self._since) > MOST_UNSORTED + len(self._keys) // 4:  # in proportion: all sorting together is n log n
             self._merge([])
 
     def add(self, records: Sequence[NDArray[np.void]]) -> None:
