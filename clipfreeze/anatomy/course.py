@@ -15,11 +15,13 @@ from clipfreeze.anatomy.partition import layouts
 class Entry:
     """Where a tower's first part at work begins: with the first that is called of `modules`, named `part` for people.
 
-    `modules` also holds bare parameters and modules that a tower reads without calling them.
+    `modules` also holds bare parameters and modules that a tower reads without calling them; `before` are the names of
+    what may stand before.
     """
 
     part: str
     modules: tuple[str, ...]
+    before: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +51,11 @@ class Course:
         if first == 0:
             raise ValueError(f"{self.tower}.embed")
         at_work = dict.fromkeys(name for group, name in places if group == first)
-        blocks = len(self.groups) - 3
-        if first <= blocks:
-            return Entry(f"{self.tower}.blocks[{first - 1}]", self.groups[first])
-        return Entry(", ".join(at_work), tuple(at_work))
+        before = tuple(name for group in self.groups[:first] for name in group)
+        if first <= len(self.groups) - 3:
+            return Entry(f"{self.tower}.blocks[{first - 1}]", self.groups[first], before)
+        beside = tuple(name for name in self.groups[first] if name not in at_work)
+        return Entry(", ".join(at_work), tuple(at_work), before + beside)
 
     def _place(self, name: str) -> tuple[int, str] | None:
         """The group of the longest name that is `name` or a module around it, and that name."""

@@ -6,36 +6,13 @@ import math
 from array import array
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from clipfreeze.train.store import Store
+
 _BLOCK = 2**22  # elements; untouched ones take no memory
-
-
-class Shelf(Protocol):
-    """A store on disk, shared with other processes and later runs."""
-
-    def read(self, keys: Sequence[bytes]) -> list[Tensor | None]:
-        """None for what is not there, or damaged."""
-        ...
-
-    def write(self, keys: Sequence[bytes], rows: Sequence[Tensor]) -> None:
-        """What cannot be written is left out."""
-        ...
-
-    def __contains__(self, key: bytes) -> bool: ...
-
-    def refresh(self) -> None:
-        """See what others have written."""
-        ...
-
-    def take_notes(self) -> list[str]:
-        """For the user, each once."""
-        ...
-
-    def close(self) -> None: ...
 
 
 @dataclass
@@ -102,26 +79,26 @@ class Memory:
 
 @dataclass
 class Kept:
-    """Of one tower: memory first, then the shelf. `address` gives a sample's name on the shelf, the same in every run.
+    """Of one tower: memory first, then the store. `address` gives a sample's name on the store, the same in every run.
 
     Rows are held in `dtype`, if one is said.
     """
 
     memory: Memory
     dtype: torch.dtype | None = None
-    shelf: Shelf | None = None
+    store: Store | None = None
     address: Callable[[Hashable], bytes] = lambda key: b""
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self.memory.index or (self.shelf is not None and self.address(key) in self.shelf)
+        return key in self.memory.index or (self.store is not None and self.address(key) in self.store)
 
     def fetch(self, keys: Sequence[Hashable | None]) -> list[Tensor | None]:
         """The row of each key; None where there is none, and for None."""
         rows = [None if key is None else self.memory.get(key) for key in keys]
-        if self.shelf is None:
+        if self.store is None:
             return rows
         missing = [place for place, row in enumerate(rows) if row is None and keys[place] is not None]
-        found = self.shelf.read([self.address(keys[place]) for place in missing]) if missing else []
+        found = self.store.read([self.address(keys[place]) for place in missing]) if missing else []
         for place, row in zip(missing, found, strict=True):
             if row is not None:
                 self.memory.put(keys[place], row)
@@ -134,6 +111,17 @@ class Kept:
         named = [(key, row) for key, row in zip(keys, held, strict=True) if key is not None]
         for key, row in named:
             self.memory.put(key, row)
-        if self.shelf is not None and named:
-            self.shelf.write([self.address(key) for key, _ in named], [row for _, row in named])
+        if self.store is not None and named:
+            self.store.write([self.address(key) for key, _ in named], [row for _, row in named])
         return held
+
+    def take_notes(self) -> list[str]:
+        """What the user should know of the store."""
+        return [] if self.store is None else self.store.take_notes()
+
+    def close(self) -> None:
+        """Let go of memory and files."""
+        self.memory.budget.used -= self.memory.bytes
+        self.memory = Memory(self.memory.budget)
+        if self.store is not None:
+            self.store.close()

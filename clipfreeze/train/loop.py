@@ -47,6 +47,7 @@ from clipfreeze.train.settings import FIXED, TrainingSettings, training_settings
 from clipfreeze.train.sharding import check_sharding, split_model
 from clipfreeze.train.sources import read_data
 from clipfreeze.train.stopping import Stopping
+from clipfreeze.train.store_folder import make_folder
 from clipfreeze.train.stream import PairStream, StreamLoader, TrainingData
 from clipfreeze.train.thrift import Thrift
 from clipfreeze.train.together import Shard, this_shard
@@ -151,6 +152,8 @@ class Run:
         self.accelerator: Any = make_accelerator(settings.precision)
         if settings.shard:
             check_sharding(settings, applied.plan.optimizer, self.accelerator)
+        if settings.cache_dir is not None:
+            make_folder(Path(settings.cache_dir))
         tokens = Tokenizer(tokenizer, applied.model)
         pairs = for_training(train, applied.plan.sites)
         if settings.objective == "classes" and isinstance(pairs, PairSet) and not pairs.class_names:
@@ -283,6 +286,8 @@ class Run:
             return
         for epoch in range(self.step // self.steps_per_epoch, self.settings.epochs):
             done = self.step % self.steps_per_epoch
+            if self.thrift is not None:
+                self.thrift.refresh()
             self.losses = self.losses if done else []
             for loaded, waited in _timed(self.loader.batches(epoch, done)):
                 self._take(loaded, epoch, waited)
@@ -357,7 +362,10 @@ class Run:
             self.thrift.enter(loaded)
             for line in self.thrift.take_notes():
                 self.journal.note(line)
-        batch = loaded.batch if self.thrift is None else self.thrift.prepare(loaded)
+        batch = loaded.batch
+        if self.thrift is not None:
+            batch = self.thrift.prepare(loaded)
+            self._tell(self.thrift.take_warnings())
         if begins:
             self.phase = self.applied.phase
             self.engine.wrap(batch)

@@ -8,7 +8,7 @@ is given what the tower makes with an identity in its place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +34,12 @@ class Encode(Protocol):
     def __call__(self, given: Tensor, /, normalize: bool = True) -> Tensor: ...
 
 
+class GoOn(Protocol):
+    """From what the beginning gave, of texts from their ids too, to (B, D) normalised fp32 features."""
+
+    def __call__(self, state: Tensor, ids: Tensor | None = None) -> Tensor: ...
+
+
 class NoCutError(Exception):
     """The tower has no frozen beginning that runs by itself; why."""
 
@@ -47,7 +53,8 @@ class Prefix:
 
     part: str
     reach: Callable[[Tensor], Tensor]
-    go_on: Callable[[Tensor, Tensor | None], Tensor]  # from what reach gave; of texts their ids too
+    go_on: GoOn
+    before: tuple[str, ...] = ()  # names in the model of what it goes through
     close: Callable[[], None] = lambda: None
     at_projection: bool = False  # what reach gives is pooled
 
@@ -89,10 +96,10 @@ def find_prefix(applied: Applied, tower: str, encode: Encode, example: Tensor, t
 
     `encode` gives normalised fp32 features. NoCutError where there is none.
     """
-    entry = tower_input(applied, tower)
+    entry, model = tower_input(applied, tower), applied.model
     if entry is None:
-        return Prefix(FEATURES, encode, lambda state, ids: state)
-    model: Any = applied.model
+        names = tuple(name for group in course(model, tower).groups for name in group)
+        return Prefix(FEATURES, encode, lambda state, ids=None: state, names)
     if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
         raise NoCutError("the model's own gradient checkpointing runs it again in backward")
     device = example.device
@@ -100,11 +107,11 @@ def find_prefix(applied: Applied, tower: str, encode: Encode, example: Tensor, t
         called = _called(model, course(model, tower).modules, partial(encode, example))
         begins = next((name for name in called if name in entry.modules), None)
         if begins is None:
-            ways = [partial(_at_projection, model, entry.modules[0], encode)]
+            ways = [partial(_at_projection, model, entry, encode)]
         else:
             before = called[: called.index(begins)]
             skipped = [name for name in before if not f"{begins}.".startswith(f"{name}.")]
-            ways = [partial(_at_module, model, entry.part, begins, names, encode, example) for names in (skipped, [])]
+            ways = [partial(_at_module, model, entry, begins, names, encode, example) for names in (skipped, [])]
         for way in ways:
             prefix = way()
             if _proved(prefix, encode, example, tolerance):
@@ -166,7 +173,7 @@ class _ReachedError(Exception):
 
 
 def _at_module(
-    model: nn.Module, part: str, begins: str, skipped: Sequence[str], encode: Encode, example: Tensor
+    model: nn.Module, entry: Entry, begins: str, skipped: Sequence[str], encode: Encode, example: Tensor
 ) -> Prefix:
     """Cut before the module `begins` is called; `skipped` are those before it that need not run again."""
     cut, empty = _Cut(), torch.zeros_like(example[:1])
@@ -184,7 +191,7 @@ def _at_module(
         assert state is not None
         return state.movedim(cut.batch_axis, 0)
 
-    def go_on(state: Tensor, ids: Tensor | None) -> Tensor:
+    def go_on(state: Tensor, ids: Tensor | None = None) -> Tensor:
         cut.state = state
         try:
             with _handing_on(modules):
@@ -195,32 +202,25 @@ def _at_module(
     handle = model.get_submodule(begins).register_forward_pre_hook(cut, with_kwargs=True, prepend=True)
     one, two = reach(example[:1]).shape, reach(example[:2]).shape
     cut.batch_axis = next((axis for axis, (a, b) in enumerate(zip(one, two, strict=True)) if a != b), 0)
-    return Prefix(part, reach, go_on, handle.remove)
+    return Prefix(entry.part, reach, go_on, entry.before, handle.remove)
 
 
 @contextmanager
 def _handing_on(modules: Sequence[nn.Module]) -> Iterator[None]:
     """The modules give what they are given."""
-    former = [vars(module).get("forward") for module in modules]
-    for module in modules:
-        vars(module)["forward"] = _first
-    try:
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(shadowed(module, {"forward": _first}))
         yield
-    finally:
-        for module, forward in zip(modules, former, strict=True):
-            if forward is None:
-                del vars(module)["forward"]
-            else:
-                vars(module)["forward"] = forward
 
 
 def _first(given: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return given
 
 
-def _at_projection(model: nn.Module, name: str, encode: Encode) -> Prefix:
+def _at_projection(model: nn.Module, entry: Entry, encode: Encode) -> Prefix:
     """Cut before the product with the tower's last map: a bare factor (in, out), or a Linear that is not called."""
-    modules = dict(model.named_modules())
+    name, modules = entry.modules[0], dict(model.named_modules())
     if name in modules and not isinstance(modules[name], nn.Linear):
         raise NoCutError(f"{name} is not called as a module")
     path, _, leaf = name.rpartition(".")
@@ -234,16 +234,16 @@ def _at_projection(model: nn.Module, name: str, encode: Encode) -> Prefix:
         with shadowed(owner, stand_ins):
             return encode(given, normalize=False)
 
-    def go_on(state: Tensor, ids: Tensor | None) -> Tensor:
+    def go_on(state: Tensor, ids: Tensor | None = None) -> Tensor:
         features = owner(state) if name in modules else state @ getattr(owner, leaf)
         return nn.functional.normalize(features, dim=-1).float()
 
-    return Prefix(name, reach, go_on, at_projection=True)
+    return Prefix(name, reach, go_on, entry.before, at_projection=True)
 
 
 @contextmanager
-def shadowed(owner: nn.Module, values: dict[str, Tensor | None]) -> Iterator[None]:
-    """The module with other values for some of its parameters and buffers: instance attributes win over these."""
+def shadowed(owner: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
+    """The module with other values for some of its attributes: an instance's own win over parameters and methods."""
     former = {name: vars(owner)[name] for name in values if name in vars(owner)}
     vars(owner).update(values)
     try:

@@ -62,6 +62,10 @@ class Store:
                     self._records.put(key, None)  # so that it is written anew
         return rows
 
+    def __contains__(self, key: bytes) -> bool:
+        with self._lock:
+            return self._records.find([key])[0] is not None
+
     def write(self, keys: Sequence[bytes], rows: Sequence[Tensor]) -> None:
         """Keep these CPU tensors of at most 4 dimensions, one a key; a key that is here keeps its row. What the bound
         or the system does not let be written is left out, and a note says so."""

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from clipfreeze.anatomy.partition import find_tower
 from clipfreeze.anatomy.parts import Tokens
+from clipfreeze.anatomy.pooled import Pooled
 from clipfreeze.anatomy.tokens import text_ends
 from clipfreeze.inject.text_prompt import TextPrompt
+from clipfreeze.train.last_block import at_token
 from clipfreeze.train.prefix import shadowed
 
 STEP = 8
@@ -35,6 +37,7 @@ class TextTower:
         self.tokens = tokens if isinstance(tokens, Tokens) and not tokens.whole else None
         self.whole = tokens if isinstance(tokens, str) else tokens.whole
         self.owner: Any = dict(model.named_children()).get("text", model)
+        self.pooled: Pooled | None = None  # where only that token of the last block is wanted
         self.prompts = [module for module in model.modules() if isinstance(module, TextPrompt)]
 
     def rewritten(self, ids: Tensor) -> Tensor:
@@ -51,9 +54,14 @@ class TextTower:
 
     def encode(self, ids: Tensor, normalize: bool = True) -> Tensor:
         """ids: (B, l) -> (B, D) fp32 features, of rows that may be cut short."""
-        with self._as_long_as(ids):
+        with self._as_long_as(ids), self._last_block(ids):
             features: Tensor = self.model.encode_text(ids, normalize=normalize)
         return features.float()
+
+    def _last_block(self, ids: Tensor) -> AbstractContextManager[None]:
+        if self.pooled is None:
+            return nullcontext()
+        return at_token(self.model.get_submodule(self.pooled.block), self.pooled.place(self.rewritten(ids)))
 
     def _as_long_as(self, ids: Tensor) -> AbstractContextManager[None]:
         """open_clip's tower has positions and mask of its whole context; Hugging Face's take any length."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from hashlib import blake2b
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,13 +22,18 @@ import torch
 from accelerate.utils.modeling import convert_file_size_to_int
 from torch import Tensor
 
+from clipfreeze.anatomy.pooled import Pooled, pooled_token
 from clipfreeze.changes import Applied
+from clipfreeze.plan.sites import AdapterSite, PromptSite
 from clipfreeze.train.batches import Batch, Draw, Loaded, TrainingSamples
 from clipfreeze.train.dice import dice_on, undrawn
+from clipfreeze.train.identity import picture_name, prefix_name, transform_name
 from clipfreeze.train.kept import Budget, Kept, Memory
+from clipfreeze.train.last_block import at_token
 from clipfreeze.train.objective import Training
-from clipfreeze.train.prefix import FEATURES, NoCutError, Prefix, find_prefix
+from clipfreeze.train.prefix import FEATURES, Encode, NoCutError, Prefix, find_prefix
 from clipfreeze.train.settings import TrainingSettings
+from clipfreeze.train.store import Store
 from clipfreeze.train.texts import TextTower, groups, unique
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,27 +46,27 @@ _TOLERANCE = {"no": 1e-4, "fp16": 5e-3, "bf16": 5e-2}
 
 
 @dataclass
-class Begun:
-    """Images, as far as the frozen prefix took them: (B, ...)."""
+class Images:
+    """Pictures, or what the frozen prefix made of them: (B, ...); and how they become features."""
 
     states: Tensor
-    prefix: Prefix
+    encode: Callable[[Tensor], Tensor]
 
     def features(self) -> Tensor:
         """(B, D) normalised, fp32."""
-        return self.prefix.go_on(self.states, None)
+        return self.encode(self.states)
 
     def __len__(self) -> int:
         return len(self.states)
 
-    def __getitem__(self, rows: slice) -> Begun:
-        return Begun(self.states[rows], self.prefix)
+    def __getitem__(self, rows: slice) -> Images:
+        return Images(self.states[rows], self.encode)
 
-    def tensor_split(self, count: int) -> list[Begun]:
+    def tensor_split(self, count: int) -> list[Images]:
         """As of a tensor."""
-        return [Begun(part, self.prefix) for part in self.states.tensor_split(count)]
+        return [Images(part, self.encode) for part in self.states.tensor_split(count)]
 
-    def to(self, device: torch.device, **how: Any) -> Begun:
+    def to(self, device: torch.device, **how: Any) -> Images:
         """They are where they are needed."""
         return self
 
@@ -105,7 +112,7 @@ class Texts:
             joined = torch.stack(list(states))
         if joined.ndim > 2 and joined.shape[1] < length:
             joined = torch.nn.functional.pad(joined, (0, 0, 0, length - joined.shape[1]))
-        return self.prefix.go_on(joined.to(self.device, non_blocking=True), ids)
+        return self.prefix.go_on(joined.to(self.device, non_blocking=True), ids=ids)
 
     @cached_property
     def _unique(self) -> tuple[list[int], list[int]]:
@@ -150,9 +157,11 @@ class Thrift:
         self.prefixes: dict[str, Prefix] = {}
         self.kept: dict[str, Kept] = {}
         self.names: dict[str, str] = {}  # of what is kept
+        self.pooled: Pooled | None = None  # of the vision tower's last block
         self.once = True
         self.notes: list[str] = []
         self.budget = Budget(memory_budget(settings.cache_ram))
+        self._picture_names: dict[int, bytes] = {}
         self._prompts: tuple[Tensor, Texts] | None = None
 
     @property
@@ -163,7 +172,7 @@ class Thrift:
 
     def enter(self, loaded: Loaded) -> None:
         """A phase begins: find what is frozen now, by the first two samples of a batch."""
-        self.close()
+        self._uncut()
         self._prompts = None
         examples = {"vision": self._pixels(loaded, range(min(2, loaded.size)))}
         if "text" in loaded.batch:
@@ -172,6 +181,7 @@ class Thrift:
             encode = self.text.encode if tower == "text" else self._encode_image
             if len(example) == 1:
                 example = torch.cat([example, example])
+            self._shorten(tower, encode, example)
             try:
                 with self.accelerator.autocast():
                     tolerance = _TOLERANCE[self.accelerator.mixed_precision]
@@ -186,7 +196,18 @@ class Thrift:
                 self.notes.append(f"texts run at their full length: {self.text.whole}")
 
     def close(self) -> None:
-        """Leave the model as it was."""
+        """Leave the model as it was, and what is on disk to others."""
+        self._uncut()
+        for tower in list(self.kept):
+            self._drop(tower)
+
+    def refresh(self) -> None:
+        """An epoch begins: see what other processes have kept."""
+        for kept in self.kept.values():
+            if kept.store is not None:
+                kept.store.refresh()
+
+    def _uncut(self) -> None:
         for prefix in self.prefixes.values():
             prefix.close()
         self.prefixes = {}
@@ -207,6 +228,28 @@ class Thrift:
         notes, self.notes = self.notes, []
         return notes
 
+    def take_warnings(self) -> list[str]:
+        """What the user should know of what is kept."""
+        return [note for kept in self.kept.values() for note in kept.take_notes()]
+
+    def _shorten(self, tower: str, encode: Encode, example: Tensor) -> None:
+        """Work out the last block at the pooled token alone, where that changes nothing: no adapter, which may read
+        other tokens, nothing that draws numbers for all of them.
+        """
+        side: Any = self.text if tower == "text" else self
+        side.pooled = None
+        prompted = tower == "vision" and any(isinstance(site, PromptSite) for site in self.applied.sites)
+        if prompted or any(isinstance(site, AdapterSite) for site in self.applied.sites):
+            return
+        pooled = pooled_token(self.applied.model, tower)
+        if pooled is None or self._draws(encode, example):
+            return
+        with torch.no_grad(), self.accelerator.autocast():
+            whole = encode(example)
+            side.pooled = pooled
+            if (encode(example) - whole).abs().max() > _TOLERANCE[self.accelerator.mixed_precision]:
+                side.pooled = None
+
     def _keep(self, tower: str) -> None:
         """Where what the prefix makes is kept, if it comes again."""
         prefix = self.prefixes[tower]
@@ -214,10 +257,13 @@ class Thrift:
         if tower == "vision" and (reason := self._passing()):
             self.notes.append(f"vision tower: {done} without gradient in each step: {reason}")
             return
-        name = self._name(tower)
+        dtype = self._dtype(prefix)
+        name = self._name(tower, prefix, dtype)
         if self.names.get(tower) != name:  # else what was kept in the phase before still holds
+            self._drop(tower)
             self.names[tower] = name
-            self.kept[tower] = Kept(Memory(self.budget), self._dtype(prefix))
+            address = self._picture_name if tower == "vision" else _as_it_is
+            self.kept[tower] = Kept(Memory(self.budget), dtype, self._store(tower, name), address)
         self.notes.append(f"{tower} tower: {done} once a {'picture' if tower == 'vision' else 'caption'}")
 
     def _passing(self) -> str:
@@ -235,11 +281,49 @@ class Thrift:
         whole = prefix.part == FEATURES or prefix.at_projection
         return None if whole or self.settings.cache_dtype == "auto" else _DTYPES[self.settings.cache_dtype]
 
-    def _name(self, tower: str) -> str:
-        return ""
+    def _name(self, tower: str, prefix: Prefix, dtype: torch.dtype | None) -> str:
+        """Of all that the rows depend on beside the sample. Weights are read for it only if somebody will ask."""
+        if self.settings.cache_dir is None and not self.applied.plan.phases:
+            return tower
+        how = (tower, prefix.part, str(dtype), self.accelerator.mixed_precision, self.device.type)
+        return prefix_name(self.applied.model, prefix.before, *how, self._transform if tower == "vision" else None)
+
+    def _store(self, tower: str, name: str) -> Store | None:
+        if self.settings.cache_dir is None:
+            return None
+        if tower == "vision" and self._transform is None:
+            self.notes.append("pictures are kept in memory alone: their transform does not say what it does")
+            return None
+        return Store(Path(self.settings.cache_dir), name, convert_file_size_to_int(self.settings.cache_disk))
+
+    def _drop(self, tower: str) -> None:
+        if (kept := self.kept.pop(tower, None)) is not None:
+            kept.close()
+
+    @cached_property
+    def _transform(self) -> str | None:
+        assert self.pictures is not None
+        return transform_name(self.pictures.pictures.transform)
+
+    def _picture_name(self, key: Hashable) -> bytes:
+        """Of a view, in every run: the picture's own, and where views differ the dice."""
+        assert self.pictures is not None
+        assert isinstance(key, int)
+        if key not in self._picture_names:
+            view, position = divmod(key, len(self.pictures))
+            name = picture_name(self.pictures.pictures.pairs[position].image)
+            if self.pictures.random:
+                dice = f"{self.settings.seed}/{view}/{position}".encode()
+                name = blake2b(name + dice, digest_size=16).digest()
+            self._picture_names[key] = name
+        return self._picture_names[key]
 
     def _encode_image(self, pixels: Tensor, normalize: bool = True) -> Tensor:
-        features: Tensor = self.applied.model.encode_image(pixels, normalize=normalize)
+        model: Any = self.applied.model
+        with ExitStack() as stack:
+            if self.pooled is not None:
+                stack.enter_context(at_token(model.get_submodule(self.pooled.block), self.pooled.place(pixels)))
+            features: Tensor = model.encode_image(pixels, normalize=normalize)
         return features.float()
 
     def _draws(self, encode: Callable[[Tensor], Tensor], example: Tensor) -> bool:
@@ -257,13 +341,13 @@ class Thrift:
         assert self.pictures is not None
         return self.pictures.view(draw) * len(self.pictures) + draw.position
 
-    def _images(self, loaded: Loaded) -> Tensor | Begun:
+    def _images(self, loaded: Loaded) -> Images:
         prefix, kept = self.prefixes.get("vision"), self.kept.get("vision")
         if prefix is None:
-            return self._pixels(loaded, range(loaded.size))
+            return Images(self._pixels(loaded, range(loaded.size)), self._encode_image)
         keys = [None if draw is None else self._image_key(draw) for draw in loaded.draws] if kept else []
         rows = self._rows(kept, keys or [None] * loaded.size, partial(self._through_vision, prefix, loaded))
-        return Begun(torch.stack(rows).to(self.device, non_blocking=True), prefix)
+        return Images(torch.stack(rows).to(self.device, non_blocking=True), prefix.go_on)
 
     def _through_vision(self, prefix: Prefix, loaded: Loaded, missing: Sequence[int]) -> list[Tensor]:
         whole = loaded.size
@@ -340,6 +424,11 @@ class Thrift:
         with torch.no_grad(), self.accelerator.autocast():
             made = [row for part in torch.split(given, at_once) for row in prefix.reach(part).unbind()]
         return made[:count]
+
+
+def _as_it_is(key: Hashable) -> bytes:
+    assert isinstance(key, bytes)
+    return key
 
 
 def memory_budget(said: str | None) -> int:

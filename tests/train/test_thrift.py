@@ -24,13 +24,14 @@ STRATEGIES = (
 SIZE = 6
 
 
-def applied_to(family: str, policy: str, **knobs) -> Applied:
+def applied_to(family: str, policy: str, **knobs: object) -> Applied:
     torch.manual_seed(0)
     model = tiny.FAMILIES[family]()
     if policy == "last_n":
         knobs = {"n": 1, **knobs}
     if policy == "head":
-        knobs = {"classes": CLASSES, **knobs}
+        CLASSES.write_text("a\nb\nc\n")
+        knobs = {"classes": str(CLASSES), **knobs}
     plan = resolve(load_policy(policy, **{**tiny.KNOBS.get(policy, {}), **knobs}), model)
     applied = apply(plan, model)
     for parameter in applied.trainable().values():  # what is added starts as nothing
