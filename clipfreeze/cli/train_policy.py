@@ -71,7 +71,7 @@ def run(
     ] = None,
     cache_ram: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="memory for what frozen parts made: 4GB; else half of what is free"),
+        typer.Option(metavar="SIZE", help="of memory, for what frozen parts made; else half of what is free"),
     ] = None,
     cache_dir: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="keep that on disk too: for other runs and ranks")
