@@ -128,8 +128,9 @@ class Engine:
             clip_gradients(self.training.values(), self.settings.clip_grad)
         elif self.settings.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.training.values(), self.settings.clip_grad)
+        scale = self._loss_scale()
         self.optimizer.step()
-        self._count_skipped(taken.loss, step)
+        self._count_skipped(scale, taken.loss, step)
         self.scheduler.step()
         self.optimizer.zero_grad()
         return taken
@@ -161,9 +162,15 @@ class Engine:
         if not math.isfinite(loss) and self.accelerator.scaler is None:
             self._give_up(loss, step)
 
-    def _count_skipped(self, loss: float, step: int) -> None:
-        """A scaler that finds gradients not finite leaves the step out and scales less; not for ever."""
-        self.skipped = self.skipped + 1 if self.optimizer.step_was_skipped else 0
+    def _loss_scale(self) -> float:
+        return 1.0 if self.accelerator.scaler is None else float(self.accelerator.scaler.get_scale())
+
+    def _count_skipped(self, scale: float, loss: float, step: int) -> None:
+        """A scaler that finds gradients not finite leaves the step out and scales less; not for ever.
+
+        A fused optimizer leaves it out by itself, when called: accelerate's `step_was_skipped` would say no.
+        """
+        self.skipped = self.skipped + 1 if self._loss_scale() < scale else 0
         if self.skipped >= _MOST_SKIPPED:
             self._give_up(loss, step)
 
