@@ -66,6 +66,7 @@ class Engine:
     optimizer: Any  # prepared
     scheduler: Any
     settings: TrainingSettings
+    normalise: Callable[[Tensor], Tensor]  # the images of a batch, on the device
     reached: set[str] = field(default_factory=set)  # names that had a gradient in the first step
     notes: list[str] = field(default_factory=list)
     skipped: int = 0
@@ -148,7 +149,7 @@ class Engine:
 
     def _here(self, batch: Batch) -> Batch:
         moved: Batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
-        return moved
+        return {**moved, "image": self.normalise(moved["image"])}
 
     def _reached_by(self, batch: Batch) -> set[str]:
         """Names of what gets a gradient; the dice go on as if nothing had been drawn."""

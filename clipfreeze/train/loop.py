@@ -38,6 +38,7 @@ from clipfreeze.train.engine import Engine, make_accelerator
 from clipfreeze.train.evaluate import Encoder, Metrics, Score
 from clipfreeze.train.folder import CHECKPOINTS, METRICS, RESULTS, check_room, write_text
 from clipfreeze.train.journal import Journal, check_trackers, cut_metrics, memory_mb, start_trackers
+from clipfreeze.train.normalise import split_transform
 from clipfreeze.train.objective import training_module
 from clipfreeze.train.pairs import Pair, PairSet
 from clipfreeze.train.parts import measuring_part, training_part
@@ -156,12 +157,13 @@ class Run:
             pairs = captions_as_classes(pairs)
         module = training_module(applied, settings.objective, len(pairs.class_names))
         self.prompts = ClassTexts(tokens, pairs, settings.seed) if module.reads_classes else None
+        as_bytes, normalise = split_transform(train_transform or transform)
 
         def loader(batch_size: int) -> TrainingLoader | StreamLoader:
             kind: Any = StreamLoader if isinstance(pairs, PairStream) else TrainingLoader
             made: TrainingLoader | StreamLoader = kind(
                 pairs,
-                train_transform or transform,
+                as_bytes,
                 tokens if module.reads_texts and not module.reads_classes else None,
                 batch_size=_share(batch_size),
                 seed=settings.seed,
@@ -174,6 +176,7 @@ class Run:
 
         if settings.batch_size == "auto":
             example = next(loader(2 * world_size()).batches(0)).batch
+            example["image"] = normalise(example["image"])
             if self.prompts is not None:
                 example = {**example, "text": self.prompts.at(0)}
             self.batch_size = largest_batch(applied, module, example, len(pairs), self.accelerator)
@@ -190,7 +193,7 @@ class Run:
         self.optimizer = applied.optimizer()
         self.scheduler = applied.scheduler(self.optimizer, self.total_steps, self.steps_per_epoch)
         prepared = self.accelerator.prepare_optimizer(self.optimizer)
-        self.engine = Engine(applied, module, self.accelerator, prepared, self.scheduler, settings)
+        self.engine = Engine(applied, module, self.accelerator, prepared, self.scheduler, settings, normalise)
         self.average = Average(applied.trainable(), settings.ema) if settings.ema is not None else None
         self.step = 0
         self.phase: int | None = -1  # that the ranks are ready for; before the first step none
