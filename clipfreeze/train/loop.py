@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,7 @@ from clipfreeze.train.engine import Engine, make_accelerator
 from clipfreeze.train.evaluate import Encoder, Metrics, Score
 from clipfreeze.train.folder import CHECKPOINTS, METRICS, RESULTS, check_room, write_text
 from clipfreeze.train.journal import Journal, check_trackers, cut_metrics, memory_mb, start_trackers
+from clipfreeze.train.memory_format import channels_last
 from clipfreeze.train.normalise import split_transform
 from clipfreeze.train.objective import training_module
 from clipfreeze.train.pairs import Pair, PairSet
@@ -220,11 +221,19 @@ class Run:
         if self.folder is not None:  # weights, moments, an average; and those half-written beside them
             size = sum(p.numel() * p.element_size() for p in self.applied.trainable().values())
             check_room(self.folder, 4 * (self.settings.keep + 2) * size + 10**6)
-        with Stopping() as self.stopping:
+        with Stopping() as self.stopping, self._arranged():
             try:
                 return self._go(resume)
             except KeyboardInterrupt:  # the second one: the first waits for the end of a step
                 raise InterruptedRunError(f"interrupted in step {self.step + 1}: {self._how_to_go_on()}") from None
+
+    @contextmanager
+    def _arranged(self) -> Iterator[None]:
+        """The model as it computes fastest, or in the least memory."""
+        with ExitStack() as arranged:
+            if self.accelerator.device.type == "cuda" and not self.settings.shard:
+                arranged.enter_context(channels_last(self.applied.model))
+            yield
 
     def _claim(self, folder: Path, resume: bool) -> None:
         """DataError for a folder that another run has written to."""
