@@ -43,6 +43,7 @@ from clipfreeze.train.normalise import split_transform
 from clipfreeze.train.objective import training_module
 from clipfreeze.train.pairs import Pair, PairSet
 from clipfreeze.train.parts import measuring_part, training_part
+from clipfreeze.train.recompute import recomputed
 from clipfreeze.train.remarks import collapse_notes, decline_notes, warmup_notes
 from clipfreeze.train.retain import RetainFloor
 from clipfreeze.train.settings import FIXED, TrainingSettings, training_settings
@@ -233,6 +234,8 @@ class Run:
         with ExitStack() as arranged:
             if self.accelerator.device.type == "cuda" and not self.settings.shard:
                 arranged.enter_context(channels_last(self.applied.model))
+            if self.settings.checkpoint_activations:
+                arranged.enter_context(recomputed(self.applied.model))
             yield
 
     def _claim(self, folder: Path, resume: bool) -> None:
