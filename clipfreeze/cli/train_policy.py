@@ -60,6 +60,9 @@ def run(
         bool | None,
         typer.Option("--shard/--no-shard", help="split weights, gradients and moments over the ranks (FSDP2)"),
     ] = None,
+    checkpoint_activations: Annotated[
+        bool, typer.Option("--checkpoint-activations", help="compute blocks again in backward: less memory, more time")
+    ] = False,
     objective: Annotated[str, typer.Option(help="contrastive, classes (cross-entropy over class prompts), auto")] = (
         "auto"
     ),
@@ -146,6 +149,7 @@ def run(
         batch_size=_size(batch_size) if batch_size is not None else (demo.BATCH_SIZE if data is None else 64),
         micro_batch=micro_batch,
         shard=bool(shard),
+        checkpoint_activations=checkpoint_activations,
         objective=objective,
         clip_grad=clip_grad,
         precision=precision,

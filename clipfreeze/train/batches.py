@@ -28,7 +28,8 @@ _ATTEMPTS = 20  # pairs tried in the place of a broken one
 
 Transform = Callable[[Image.Image], Tensor]
 Batch = dict[str, Tensor]
-"""image: (B, 3, H, W); text: (B, L) ids and concepts: (B,) equal where pairs say the same; label: (B,) classes."""
+"""image: (B, 3, H, W), uint8 until normalised on the device; text: (B, L) ids and concepts: (B,) equal where pairs say
+the same; label: (B,) classes."""
 
 
 class Draw(NamedTuple):
@@ -43,7 +44,7 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    image: Tensor | None  # (3, H, W)
+    image: Tensor | None  # (3, H, W), see normalise.py
     caption: str
     label: int | None
     broken: tuple[str, ...] = ()  # what could not be read in its place, and why

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -38,9 +38,12 @@ from clipfreeze.train.engine import Engine, make_accelerator
 from clipfreeze.train.evaluate import Encoder, Metrics, Score
 from clipfreeze.train.folder import CHECKPOINTS, METRICS, RESULTS, check_room, write_text
 from clipfreeze.train.journal import Journal, check_trackers, cut_metrics, memory_mb, start_trackers
+from clipfreeze.train.memory_format import channels_last
+from clipfreeze.train.normalise import split_transform
 from clipfreeze.train.objective import training_module
 from clipfreeze.train.pairs import Pair, PairSet
 from clipfreeze.train.parts import measuring_part, training_part
+from clipfreeze.train.recompute import recomputed
 from clipfreeze.train.remarks import collapse_notes, decline_notes, warmup_notes
 from clipfreeze.train.retain import RetainFloor
 from clipfreeze.train.settings import FIXED, TrainingSettings, training_settings
@@ -160,6 +163,7 @@ class Run:
             pairs = captions_as_classes(pairs)
         module = training_module(applied, settings.objective, len(pairs.class_names))
         self.prompts = ClassTexts(tokens, pairs, settings.seed) if module.reads_classes else None
+        as_bytes, normalise = split_transform(train_transform or transform)
 
         def loader(batch_size: int) -> TrainingLoader | StreamLoader:
             kind: Any = StreamLoader
@@ -167,7 +171,7 @@ class Run:
                 kind = partial(TrainingLoader, views=settings.views)
             made: TrainingLoader | StreamLoader = kind(
                 pairs,
-                train_transform or transform,
+                as_bytes,
                 tokens if module.reads_texts and not module.reads_classes else None,
                 batch_size=_share(batch_size),
                 seed=settings.seed,
@@ -180,6 +184,7 @@ class Run:
 
         if settings.batch_size == "auto":
             example = next(loader(2 * world_size()).batches(0)).batch
+            example["image"] = normalise(example["image"])
             if self.prompts is not None:
                 example = {**example, "text": self.prompts.at(0)}
             self.batch_size = largest_batch(applied, module, example, len(pairs), self.accelerator)
@@ -196,9 +201,11 @@ class Run:
         self.optimizer = applied.optimizer()
         self.scheduler = applied.scheduler(self.optimizer, self.total_steps, self.steps_per_epoch)
         prepared = self.accelerator.prepare_optimizer(self.optimizer)
-        self.engine = Engine(applied, module, self.accelerator, prepared, self.scheduler, settings)
+        self.engine = Engine(applied, module, self.accelerator, prepared, self.scheduler, settings, normalise)
         samples = self.loader.samples if isinstance(self.loader, TrainingLoader) else None
-        self.thrift = None if settings.shard else Thrift(applied, module, self.accelerator, settings, samples)
+        self.thrift = None
+        if not settings.shard:
+            self.thrift = Thrift(applied, module, self.accelerator, settings, samples, normalise)
         if self.thrift is not None and isinstance(self.loader, TrainingLoader):
             self.loader.leave_out(self.thrift.knows)
         self.average = Average(applied.trainable(), settings.ema) if settings.ema is not None else None
@@ -227,11 +234,21 @@ class Run:
         if self.folder is not None:  # weights, moments, an average; and those half-written beside them
             size = sum(p.numel() * p.element_size() for p in self.applied.trainable().values())
             check_room(self.folder, 4 * (self.settings.keep + 2) * size + 10**6)
-        with Stopping() as self.stopping:
+        with Stopping() as self.stopping, self._arranged():
             try:
                 return self._go(resume)
             except KeyboardInterrupt:  # the second one: the first waits for the end of a step
                 raise InterruptedRunError(f"interrupted in step {self.step + 1}: {self._how_to_go_on()}") from None
+
+    @contextmanager
+    def _arranged(self) -> Iterator[None]:
+        """The model as it computes fastest, or in the least memory."""
+        with ExitStack() as arranged:
+            if self.accelerator.device.type == "cuda" and not self.settings.shard:
+                arranged.enter_context(channels_last(self.applied.model))
+            if self.settings.checkpoint_activations:
+                arranged.enter_context(recomputed(self.applied.model))
+            yield
 
     def _claim(self, folder: Path, resume: bool) -> None:
         """DataError for a folder that another run has written to."""

@@ -61,6 +61,9 @@ class TrainingSettings(Spec):
     shard: bool = Field(
         False, description="split the model's weights, gradients and moments over the ranks, of which it takes several"
     )
+    checkpoint_activations: bool = Field(
+        False, description="blocks keep their input alone and are computed again in backward: less memory, more time"
+    )
     objective: ObjectiveName = Field(
         "auto", description="contrastive, classes (cross-entropy over class prompts), or auto: as the policy asks"
     )

@@ -150,9 +150,10 @@ class Thrift:
         accelerator: Any,
         settings: TrainingSettings,
         pictures: TrainingSamples | None,
+        normalise: Callable[[Tensor], Tensor],
     ) -> None:
+        self.pictures, self.normalise = pictures, normalise
         self.applied, self.module, self.accelerator, self.settings = applied, module, accelerator, settings
-        self.pictures = pictures
         self.text = TextTower(applied.model)
         self.prefixes: dict[str, Prefix] = {}
         self.kept: dict[str, Kept] = {}
@@ -355,7 +356,7 @@ class Thrift:
         return self._through(prefix, self._pixels(loaded, missing), at_once)
 
     def _pixels(self, loaded: Loaded, rows: Sequence[int]) -> Tensor:
-        """(rows, 3, H, W) on the device, of those that the loader left out too."""
+        """(rows, 3, H, W) normalised, on the device, of those that the loader left out too."""
         place = {row: at for at, row in enumerate(loaded.seen)}
         if all(row in place for row in rows):
             pixels = loaded.batch["image"]
@@ -363,7 +364,7 @@ class Thrift:
                 pixels = pixels[[place[row] for row in rows]]
         else:
             pixels = torch.stack([self._picture(loaded, row, place) for row in rows])
-        return pixels.to(self.device, non_blocking=True)
+        return self.normalise(pixels.to(self.device, non_blocking=True))
 
     def _picture(self, loaded: Loaded, row: int, place: Mapping[int, int]) -> Tensor:
         if row in place:

@@ -80,7 +80,9 @@ class Still:
 
 def thrifty(applied: Applied, batch, **settings) -> Thrift:
     wanted = training_settings(epochs=3, **settings)
-    return Thrift(applied, training_module(applied).eval(), make_accelerator("fp32"), wanted, Still(batch["image"]))
+    pictures = Still(batch["image"])
+    module = training_module(applied).eval()
+    return Thrift(applied, module, make_accelerator("fp32"), wanted, pictures, lambda images: images)
 
 
 def learnt(applied: Applied, module, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
