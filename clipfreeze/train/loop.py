@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from clipfreeze.errors import DataError, InterruptedRunError
 from clipfreeze.optim.state import OptimizerState
 from clipfreeze.pieces import cut_like, on_cpu, piece
+from clipfreeze.plan.closed_form import is_closed_form
 from clipfreeze.plan.sites import HeadSite, PromptSite
 from clipfreeze.policy.span import parse_span
 from clipfreeze.stored import WEIGHTS, read_weights
@@ -30,6 +31,7 @@ from clipfreeze.train.calibration import Bin
 from clipfreeze.train.checkpoints import Saved, checkpoint_path, keep_checkpoints, read_tensors, save_checkpoint
 from clipfreeze.train.class_texts import ClassTexts
 from clipfreeze.train.classes import captions_as_classes
+from clipfreeze.train.closed_form import ClosedForm, check_closed_form
 from clipfreeze.train.dice import Dice, dice_on, throw_again, undrawn
 from clipfreeze.train.digest import digest_of
 from clipfreeze.train.distributed import everyones, rank, wait_for_all, world_size
@@ -150,6 +152,8 @@ class Run:
         self.accelerator: Any = make_accelerator(settings.precision)
         if settings.shard:
             check_sharding(settings, applied.plan.optimizer, self.accelerator)
+        if closed_form := is_closed_form(applied.plan.optimizer):
+            check_closed_form(settings)
         tokens = Tokenizer(tokenizer, applied.model)
         pairs = for_training(train, applied.plan.sites)
         if settings.objective == "classes" and isinstance(pairs, PairSet) and not pairs.class_names:
@@ -182,7 +186,8 @@ class Run:
         self.loader = loader(self.batch_size)
         shard = Shard() if settings.shard else this_shard()  # a split model works on all ranks at once or on none
         self.encoder = Encoder(applied.model, tokens, transform, num_workers=settings.num_workers or 0, shard=shard)
-        self.steps_per_epoch = len(self.loader)
+        self.steps_per_epoch = 1 if closed_form else len(self.loader)
+        self.pairs_per_step = self.batch_size * len(self.loader) // self.steps_per_epoch
         self.total_steps = settings.epochs * self.steps_per_epoch
         set_seed(settings.seed)
         if settings.shard:
@@ -190,7 +195,8 @@ class Run:
         self.optimizer = applied.optimizer()
         self.scheduler = applied.scheduler(self.optimizer, self.total_steps, self.steps_per_epoch)
         prepared = self.accelerator.prepare_optimizer(self.optimizer)
-        self.engine = Engine(applied, module, self.accelerator, prepared, self.scheduler, settings)
+        kind = ClosedForm if closed_form else Engine
+        self.engine = kind(applied, module, self.accelerator, prepared, self.scheduler, settings)
         self.average = Average(applied.trainable(), settings.ema) if settings.ema is not None else None
         self.step = 0
         self.phase: int | None = -1  # that the ranks are ready for; before the first step none
@@ -254,8 +260,8 @@ class Run:
                     self._tell(["the stream goes on in another order: it was read by other ranks or workers"])
             self.engine.module.train()
             self.journal.note(
-                f"{len(self.train)} pairs, {self.total_steps} steps of {self.batch_size} on {world_size()} rank(s) of "
-                f"{self.accelerator.device}, from step {self.step}"
+                f"{len(self.train)} pairs, {self.total_steps} steps of {self.pairs_per_step} on {world_size()} rank(s) "
+                f"of {self.accelerator.device}, from step {self.step}"
             )
             self.waited, started = 0.0, time.monotonic()
             self._train()
@@ -273,31 +279,45 @@ class Run:
         for epoch in range(self.step // self.steps_per_epoch, self.settings.epochs):
             done = self.step % self.steps_per_epoch
             self.losses = self.losses if done else []
-            for loaded, waited in _timed(self.loader.batches(epoch, done)):
-                self._take(loaded, epoch, waited)
+            batches: Iterator[tuple[Loaded, float]] = self._batches(epoch, done)
+            if isinstance(self.engine, ClosedForm):
+                batches = self.engine.epoch(batches)
+            since = time.monotonic()
+            for loaded, waited in batches:
+                self._take(loaded, epoch, waited, since)
+                since = time.monotonic()
                 if self.reason is not None:
                     self._tell([f"ended after step {self.step} of {self.total_steps}: {self.reason}"])
                     return
 
-    def _take(self, loaded: Loaded, epoch: int, waited: float) -> None:
-        """One step, and what is due after it."""
-        started = time.monotonic()
-        batch = loaded.batch if self.prompts is None else {**loaded.batch, "text": self.prompts.at(self.step)}
-        self._follow_phase(batch)
+    def _batches(self, epoch: int, done: int) -> Iterator[tuple[Loaded, float]]:
+        """Those of an epoch behind the first `done`, class prompts put in, and the seconds that each was waited for."""
+        for number, (loaded, waited) in enumerate(_timed(self.loader.batches(epoch, done)), done):
+            if self.prompts is None:
+                yield loaded, waited
+            else:
+                prompts = self.prompts.at(epoch * len(self.loader) + number)
+                yield replace(loaded, batch={**loaded.batch, "text": prompts}), waited
+
+    def _take(self, loaded: Loaded, epoch: int, waited: float, since: float) -> None:
+        """One step, of which the first thing was done at the time `since`, and what is due after it."""
+        self._follow_phase(loaded.batch)
         lr = {str(group["name"]): float(group["lr"]) for group in self.optimizer.param_groups}
-        taken = self.engine.update(batch, self.step + 1, lambda: [*self._asked_to_end(), float(bool(loaded.broken))])
+        taken = self.engine.update(
+            loaded.batch, self.step + 1, lambda: [*self._asked_to_end(), float(bool(loaded.broken))]
+        )
         self.step += 1
         self.losses.append(taken.loss)
         if self.average is not None:
             self.average.update()
-        seconds = time.monotonic() - started + waited
+        seconds = time.monotonic() - since
         self.waited += waited
         record = {
             "step": self.step,
             "epoch": epoch + 1,
             "loss": taken.loss,
             "lr": lr,
-            "samples_per_s": round(self.batch_size / seconds, 2),
+            "samples_per_s": round(self.pairs_per_step / seconds, 2),
             "data_wait": round(waited / seconds, 4),
             "memory_mb": round(memory_mb(self.accelerator.device), 1),
         }
