@@ -76,6 +76,7 @@ def _check_warm_start(optimizer: Optimizer, dims: Collection[int]) -> None:
 
 def _try_step(made: torch.optim.Optimizer | LRScheduler, name: str) -> None:
     """Some options are looked at in the first step only; and each library raises what it likes."""
+    needs_loss = isinstance(made, torch.optim.LBFGS)
     if isinstance(made, torch.optim.Optimizer):
         for group in made.param_groups:
             for tensor in group["params"]:
@@ -84,7 +85,7 @@ def _try_step(made: torch.optim.Optimizer | LRScheduler, name: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a scheduler that steps before its optimizer did
             for _ in range(3):
-                made.step()
+                made.step(*[lambda: 0.0] * needs_loss)  # type: ignore[arg-type]
     except Exception as error:
         raise PlanError(f"{name} does not take these options: {error}", "see its documentation") from error
 

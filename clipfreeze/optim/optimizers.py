@@ -18,10 +18,12 @@ from clipfreeze.policy.schema import Optimizer
 _OURS = ("params", "lr", "weight_decay")
 """Arguments that the plan fills."""
 
-_REFUSED = {
-    "lbfgs": "it calls the loss several times a step",
-    "sparseadam": "it takes sparse gradients only",
+_REFUSED = {"sparseadam": "it takes sparse gradients only"}
+
+_OUR_DEFAULTS: dict[str, dict[str, Any]] = {
+    "lbfgs": {"max_iter": 100, "tolerance_grad": 1e-10, "tolerance_change": 1e-14, "line_search_fn": "strong_wolfe"},
 }
+"""To the minimum in one step: torch's are for many."""
 
 _FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 """Optimizers that update all weights in one pass over memory: AdamW four times as fast on a CPU, equal to rounding."""
@@ -97,7 +99,7 @@ def _maker(name: str) -> _Maker:
         raise PlanError(f"the optimizer {name} cannot be used here: {reason}", 'name = "adamw" is the usual one')
     for known, made in _torch_optimizers().items():
         if known.lower() == lower:
-            return _Maker(made, tuple(inspect.signature(made).parameters))
+            return _Maker(made, tuple(inspect.signature(made).parameters), _OUR_DEFAULTS.get(lower, {}))
     timm_optim: Any = import_module("timm.optim")  # heavy, and most policies name one of torch's
     if lower not in (listed := timm_optim.list_optimizers()):
         names = [*_torch_optimizers(), *listed]

@@ -11,6 +11,7 @@ from clipfreeze.errors import PlanError, Problem
 from clipfreeze.plan.additions import extended, find_additions
 from clipfreeze.plan.additions import speeches as action_speeches
 from clipfreeze.plan.cascade import Speech, Word, winner
+from clipfreeze.plan.closed_form import closed_form_problems
 from clipfreeze.plan.grouping import Treatment, Treatments, group_name, phase_groups, planned_groups
 from clipfreeze.plan.lint import lint_warnings
 from clipfreeze.plan.match import Matcher
@@ -38,6 +39,7 @@ _BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 _STATE_TENSORS = {
     **dict.fromkeys(("adam", "adamw", "nadam", "nadamw", "radam", "adamax", "lamb", "adan"), 2),
     **dict.fromkeys(("lion", "rmsprop", "adagrad"), 1),
+    "lbfgs": 0,
 }
 """Tensors of a parameter's size that an optimizer keeps; SGD's depends on its momentum."""
 
@@ -118,6 +120,9 @@ class _Resolution:
             estimate=_estimate(parameters, self.stretches, self.policy),
             phases=tuple(self._phases(parameters)) if self.policy.phases else (),
         )
+        path, _, line = self.policy.optimizer_source.rpartition(":")
+        if problems := [Problem(*told, path, int(line)) for told in closed_form_problems(plan)]:
+            raise PlanError(problems)
         return plan.model_copy(update={"warnings": tuple(lint_warnings(plan, self.anatomy))})
 
     def _idle_anchors(self) -> Iterator[Problem]:

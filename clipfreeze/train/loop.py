@@ -19,6 +19,7 @@ from torch import Tensor
 from clipfreeze.errors import DataError, InterruptedRunError
 from clipfreeze.optim.state import OptimizerState
 from clipfreeze.pieces import cut_like, on_cpu, piece
+from clipfreeze.plan.closed_form import is_closed_form
 from clipfreeze.plan.sites import HeadSite, PromptSite
 from clipfreeze.policy.span import parse_span
 from clipfreeze.stored import WEIGHTS, read_weights
@@ -30,6 +31,7 @@ from clipfreeze.train.calibration import Bin
 from clipfreeze.train.checkpoints import Saved, checkpoint_path, keep_checkpoints, read_tensors, save_checkpoint
 from clipfreeze.train.class_texts import ClassTexts
 from clipfreeze.train.classes import captions_as_classes
+from clipfreeze.train.closed_form import ClosedForm, check_closed_form
 from clipfreeze.train.dice import Dice, dice_on, throw_again, undrawn
 from clipfreeze.train.digest import digest_of
 from clipfreeze.train.distributed import everyones, rank, wait_for_all, world_size
@@ -157,6 +159,8 @@ class Run:
             check_sharding(settings, applied.plan.optimizer, self.accelerator)
         if settings.cache_dir is not None:
             make_folder(Path(settings.cache_dir))
+        if closed_form := is_closed_form(applied.plan.optimizer):
+            check_closed_form(settings)
         tokens = Tokenizer(tokenizer, applied.model)
         pairs = for_training(train, applied.plan.sites)
         if settings.objective == "classes" and isinstance(pairs, PairSet) and not pairs.class_names:
@@ -193,7 +197,8 @@ class Run:
         self.loader = loader(self.batch_size)
         shard = Shard() if settings.shard else this_shard()  # a split model works on all ranks at once or on none
         self.encoder = Encoder(applied.model, tokens, transform, num_workers=settings.num_workers or 0, shard=shard)
-        self.steps_per_epoch = len(self.loader)
+        self.steps_per_epoch = 1 if closed_form else len(self.loader)
+        self.pairs_per_step = self.batch_size * len(self.loader) // self.steps_per_epoch
         self.total_steps = settings.epochs * self.steps_per_epoch
         set_seed(settings.seed)
         if settings.shard:
@@ -201,7 +206,8 @@ class Run:
         self.optimizer = applied.optimizer()
         self.scheduler = applied.scheduler(self.optimizer, self.total_steps, self.steps_per_epoch)
         prepared = self.accelerator.prepare_optimizer(self.optimizer)
-        self.engine = Engine(applied, module, self.accelerator, prepared, self.scheduler, settings, normalise)
+        kind = ClosedForm if closed_form else Engine
+        self.engine = kind(applied, module, self.accelerator, prepared, self.scheduler, settings, normalise)
         samples = self.loader.samples if isinstance(self.loader, TrainingLoader) else None
         self.thrift = None
         if not settings.shard:
@@ -281,8 +287,8 @@ class Run:
                     self._tell(["the stream goes on in another order: it was read by other ranks or workers"])
             self.engine.module.train()
             self.journal.note(
-                f"{len(self.train)} pairs, {self.total_steps} steps of {self.batch_size} on {world_size()} rank(s) of "
-                f"{self.accelerator.device}, from step {self.step}"
+                f"{len(self.train)} pairs, {self.total_steps} steps of {self.pairs_per_step} on {world_size()} rank(s) "
+                f"of {self.accelerator.device}, from step {self.step}"
             )
             self.waited, started = 0.0, time.monotonic()
             try:
@@ -306,32 +312,43 @@ class Run:
             if self.thrift is not None:
                 self.thrift.refresh()
             self.losses = self.losses if done else []
-            for loaded, waited in _timed(self.loader.batches(epoch, done)):
-                self._take(loaded, epoch, waited)
+            batches: Iterator[tuple[Loaded, float]] = self._batches(epoch, done)
+            if isinstance(self.engine, ClosedForm):
+                batches = self.engine.epoch(batches, self._ready)
+            since = time.monotonic()
+            for loaded, waited in batches:
+                self._take(loaded, epoch, waited, since)
+                since = time.monotonic()
                 if self.reason is not None:
                     self._tell([f"ended after step {self.step} of {self.total_steps}: {self.reason}"])
                     return
 
-    def _take(self, loaded: Loaded, epoch: int, waited: float) -> None:
-        """One step, and what is due after it."""
-        started = time.monotonic()
-        if self.prompts is not None:
-            loaded = replace(loaded, batch={**loaded.batch, "text": self.prompts.at(self.step)})
-        batch = self._follow_phase(loaded)
+    def _batches(self, epoch: int, done: int) -> Iterator[tuple[Loaded, float]]:
+        """Those of an epoch behind the first `done`, class prompts put in, and the seconds that each was waited for."""
+        for number, (loaded, waited) in enumerate(_timed(self.loader.batches(epoch, done)), done):
+            if self.prompts is None:
+                yield loaded, waited
+            else:
+                prompts = self.prompts.at(epoch * len(self.loader) + number)
+                yield replace(loaded, batch={**loaded.batch, "text": prompts}), waited
+
+    def _take(self, loaded: Loaded, epoch: int, waited: float, since: float) -> None:
+        """One step, of which the first thing was done at the time `since`, and what is due after it."""
+        batch = loaded.batch if isinstance(self.engine, ClosedForm) else self._ready(loaded)
         lr = {str(group["name"]): float(group["lr"]) for group in self.optimizer.param_groups}
         taken = self.engine.update(batch, self.step + 1, lambda: [*self._asked_to_end(), float(bool(loaded.broken))])
         self.step += 1
         self.losses.append(taken.loss)
         if self.average is not None:
             self.average.update()
-        seconds = time.monotonic() - started + waited
+        seconds = time.monotonic() - since
         self.waited += waited
         record = {
             "step": self.step,
             "epoch": epoch + 1,
             "loss": taken.loss,
             "lr": lr,
-            "samples_per_s": round(self.batch_size / seconds, 2),
+            "samples_per_s": round(self.pairs_per_step / seconds, 2),
             "data_wait": round(waited / seconds, 4),
             "memory_mb": round(memory_mb(self.accelerator.device), 1),
         }
@@ -370,7 +387,7 @@ class Run:
         every = max(1, parse_span(stretch).steps(self.total_steps, self.steps_per_epoch))
         return self.step % every == 0 or self.step == self.total_steps
 
-    def _follow_phase(self, loaded: Loaded) -> Batch:
+    def _ready(self, loaded: Loaded) -> Batch:
         """The batch as the engine takes it. Where the schedule has begun a phase, other parameters train, other parts
         are frozen, and the ranks reduce what trains.
         """

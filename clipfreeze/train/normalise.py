@@ -28,7 +28,8 @@ def split_transform(transform: Transform) -> tuple[Transform, Callable[[Tensor],
     """
     if type(transform) is not Compose:
         return transform, _unchanged
-    steps: list[Any] = transform.transforms
+    composed: Any = transform
+    steps: list[Any] = composed.transforms
     if len(steps) < 2 or type(steps[-2]) not in _TO_TENSOR or type(steps[-1]) is not Normalize:
         return transform, _unchanged
     return _ToBytes(steps[:-2], steps[-2:]), _Normalised(steps[-1])

@@ -39,7 +39,7 @@ def clip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, c
     open_clips = open_clip.ClipLoss(local_loss=True, gather_with_grad=True, rank=rank(), world_size=world_size())
     with _without_notice():
         per_image, per_text = open_clips.get_logits(image, text, scale, bias)
-    positives = _positives(concepts).to(per_image.dtype)
+    positives = positives_of(concepts).to(per_image.dtype)
     target = positives / positives.sum(1, keepdim=True)
     return (nn.functional.cross_entropy(per_image, target) + nn.functional.cross_entropy(per_text, target)) / 2
 
@@ -51,7 +51,7 @@ def siglip_loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None,
         with _without_notice():
             _, texts = gather_features(image, text, local_loss=True, gather_with_grad=True)
     logits = open_clip.loss.SigLipLoss().get_logits(image, texts, scale, bias)
-    signs = _positives(concepts).to(logits.dtype) * 2 - 1
+    signs = positives_of(concepts).to(logits.dtype) * 2 - 1
     return -nn.functional.logsigmoid(signs * logits).sum() / len(image)
 
 
@@ -293,6 +293,6 @@ def _without_notice() -> Iterator[None]:
         yield
 
 
-def _positives(concepts: Tensor) -> Tensor:
-    """(B, all ranks' B) bool."""
+def positives_of(concepts: Tensor) -> Tensor:
+    """(B,) of this rank -> (B, all ranks' B) bool: who says the same."""
     return concepts[:, None] == gathered(concepts)[None]

@@ -70,7 +70,7 @@ def test_timm_s_own_defaults_hold_and_give_way():
         (Optimizer(name="adamw", betas=[0.9, 2.0]), "Invalid beta"),
         (Optimizer(name="adamw", betas=3), "does not take these options"),
         (Optimizer(name="sgd", momentum=-1.0), "Invalid momentum"),
-        (Optimizer(name="LBFGS"), "several times a step"),
+        (Optimizer(name="LBFGS", line_search=1), "no option 'line_search'"),
         (Optimizer(name="SparseAdam"), "sparse"),
         (Optimizer(name="adahessian"), "second derivatives"),
         (Optimizer(name="bnbadam"), "cannot be used here"),
