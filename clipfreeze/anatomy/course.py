@@ -67,7 +67,7 @@ class Course:
         return found[name], name
 
 
-def course(model: nn.Module, tower: str) -> Course:
+def course_of(model: nn.Module, tower: str) -> Course:
     """Of "vision" or "text"; the model may bear additions."""
     layout: Layout = layouts(model)[tower]
     blocks = tuple((*block.also, block.name) for block in layout.blocks)

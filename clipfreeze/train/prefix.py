@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from clipfreeze.anatomy.course import Entry, course
+from clipfreeze.anatomy.course import Entry, course_of
 from clipfreeze.changes import Applied
 from clipfreeze.inject.columns import replace_first
 from clipfreeze.inject.factor import parameter_of
@@ -63,7 +63,7 @@ def tower_input(applied: Applied, tower: str) -> Entry | None:
     """Where in the tower the plan is at work now; None where all of it is frozen. NoCutError where at its input."""
     at_work = applied.plan.trains_in(applied.phase)
     names = [p.name for p in applied.plan.parameters if p.name in at_work or p.dropout is not None]
-    way = course(applied.model, tower)
+    way = course_of(applied.model, tower)
     for site in applied.sites:
         names += _places_of(site, tower, way.groups)
     try:
@@ -98,13 +98,13 @@ def find_prefix(applied: Applied, tower: str, encode: Encode, example: Tensor, t
     """
     entry, model = tower_input(applied, tower), applied.model
     if entry is None:
-        names = tuple(name for group in course(model, tower).groups for name in group)
+        names = tuple(name for group in course_of(model, tower).groups for name in group)
         return Prefix(FEATURES, encode, lambda state, ids=None: state, names)
     if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
         raise NoCutError("the model's own gradient checkpointing runs it again in backward")
     device = example.device
     with undrawn(device), torch.no_grad():
-        called = _called(model, course(model, tower).modules, partial(encode, example))
+        called = _called(model, course_of(model, tower).modules, partial(encode, example))
         begins = next((name for name in called if name in entry.modules), None)
         if begins is None:
             ways = [partial(_at_projection, model, entry, encode)]

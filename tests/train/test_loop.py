@@ -54,7 +54,7 @@ def test_steps_equal_a_hand_written_loop(names: tuple[str, ...]) -> None:
     for name, parameter in twin.named_parameters():
         parameter.requires_grad_(not names or name in names)
     trained = [parameter for parameter in twin.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, eps=1e-5)
     loader = TrainingLoader(colour_pairs(), transform(), Tokenizer(Words(), twin), batch_size=4, seed=0, num_workers=0)
     for step, batch in enumerate(loaded.batch for epoch in range(2) for loaded in loader.batches(epoch)):
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / 4)

@@ -1,7 +1,5 @@
 """Law 8: running what is frozen once, cutting texts short and encoding equal ones once change neither loss nor gradients."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
