@@ -30,6 +30,7 @@ from clipfreeze.train.calibration import Bin
 from clipfreeze.train.checkpoints import Saved, checkpoint_path, keep_checkpoints, read_tensors, save_checkpoint
 from clipfreeze.train.class_texts import ClassTexts
 from clipfreeze.train.classes import captions_as_classes
+from clipfreeze.train.compiled import compiled
 from clipfreeze.train.dice import Dice, dice_on, throw_again, undrawn
 from clipfreeze.train.digest import digest_of
 from clipfreeze.train.distributed import everyones, rank, wait_for_all, world_size
@@ -234,6 +235,8 @@ class Run:
         with ExitStack() as arranged:
             if self.accelerator.device.type == "cuda" and not self.settings.shard:
                 arranged.enter_context(channels_last(self.applied.model))
+            if self.settings.compile:
+                arranged.enter_context(compiled(self.applied.model))
             if self.settings.checkpoint_activations:
                 arranged.enter_context(recomputed(self.applied.model))
             yield
