@@ -22,7 +22,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from clipfreeze.train.store import Store
 from torch import Tensor
 
 from benchmarks import made
@@ -31,6 +30,7 @@ from benchmarks.machine import machine, peak_mb
 from benchmarks.ours import ours
 from clipfreeze.train.batches import TrainingLoader
 from clipfreeze.train.pairs import Pair, PairSet
+from clipfreeze.train.store import Store
 
 WIDTH = 512
 BATCH = 64

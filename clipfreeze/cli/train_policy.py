@@ -63,6 +63,9 @@ def run(
     checkpoint_activations: Annotated[
         bool, typer.Option("--checkpoint-activations", help="compute blocks again in backward: less memory, more time")
     ] = False,
+    compile_blocks: Annotated[
+        bool, typer.Option("--compile", help="run the blocks that train as torch.compile makes them")
+    ] = False,
     objective: Annotated[str, typer.Option(help="contrastive, classes (cross-entropy over class prompts), auto")] = (
         "auto"
     ),
@@ -150,6 +153,7 @@ def run(
         micro_batch=micro_batch,
         shard=bool(shard),
         checkpoint_activations=checkpoint_activations,
+        compile=compile_blocks,
         objective=objective,
         clip_grad=clip_grad,
         precision=precision,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipfreeze.train.prefix import shadowed
+from clipfreeze.train.blocks import shadowed
 
 
 @contextmanager

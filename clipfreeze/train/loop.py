@@ -32,6 +32,7 @@ from clipfreeze.train.checkpoints import Saved, checkpoint_path, keep_checkpoint
 from clipfreeze.train.class_texts import ClassTexts
 from clipfreeze.train.classes import captions_as_classes
 from clipfreeze.train.closed_form import ClosedForm, check_closed_form
+from clipfreeze.train.compiled import compiled_blocks
 from clipfreeze.train.dice import Dice, dice_on, throw_again, undrawn
 from clipfreeze.train.digest import digest_of
 from clipfreeze.train.distributed import everyones, rank, wait_for_all, world_size
@@ -252,6 +253,8 @@ class Run:
         with ExitStack() as arranged:
             if self.accelerator.device.type == "cuda" and not self.settings.shard:
                 arranged.enter_context(channels_last(self.applied.model))
+            if self.settings.compile:
+                arranged.enter_context(compiled_blocks(self.applied.model))
             if self.settings.checkpoint_activations:
                 arranged.enter_context(recomputed(self.applied.model))
             yield

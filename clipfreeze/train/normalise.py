@@ -26,10 +26,8 @@ def split_transform(transform: Transform) -> tuple[Transform, Callable[[Tensor],
 
     Bit for bit on the CPU, and with the same dice. A transform that does not end so stays as it is.
     """
-    if type(transform) is not Compose:
-        return transform, _unchanged
-    composed: Any = transform
-    steps: list[Any] = composed.transforms
+    made: Any = transform
+    steps = made.transforms if type(made) is Compose else []
     if len(steps) < 2 or type(steps[-2]) not in _TO_TENSOR or type(steps[-1]) is not Normalize:
         return transform, _unchanged
     return _ToBytes(steps[:-2], steps[-2:]), _Normalised(steps[-1])

@@ -8,7 +8,7 @@ is given what the tower makes with an identity in its place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from clipfreeze.changes import Applied
 from clipfreeze.inject.columns import replace_first
 from clipfreeze.inject.factor import parameter_of
 from clipfreeze.plan.sites import AdapterSite, HeadSite, LoraSite, PromptSite, Site
+from clipfreeze.train.blocks import shadowed
 from clipfreeze.train.dice import dice_on, throw_again, undrawn
 
 FEATURES = "features"
@@ -239,16 +240,3 @@ def _at_projection(model: nn.Module, entry: Entry, encode: Encode) -> Prefix:
         return nn.functional.normalize(features, dim=-1).float()
 
     return Prefix(name, reach, go_on, entry.before, at_projection=True)
-
-
-@contextmanager
-def shadowed(owner: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
-    """The module with other values for some of its attributes: an instance's own win over parameters and methods."""
-    former = {name: vars(owner)[name] for name in values if name in vars(owner)}
-    vars(owner).update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            del vars(owner)[name]
-        vars(owner).update(former)

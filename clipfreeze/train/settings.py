@@ -64,6 +64,7 @@ class TrainingSettings(Spec):
     checkpoint_activations: bool = Field(
         False, description="blocks keep their input alone and are computed again in backward: less memory, more time"
     )
+    compile: bool = Field(False, description="run the blocks that train as torch.compile makes them")
     objective: ObjectiveName = Field(
         "auto", description="contrastive, classes (cross-entropy over class prompts), or auto: as the policy asks"
     )

@@ -18,8 +18,8 @@ from clipfreeze.anatomy.parts import Tokens
 from clipfreeze.anatomy.pooled import Pooled
 from clipfreeze.anatomy.tokens import text_ends
 from clipfreeze.inject.text_prompt import TextPrompt
+from clipfreeze.train.blocks import shadowed
 from clipfreeze.train.last_block import at_token
-from clipfreeze.train.prefix import shadowed
 
 STEP = 8
 """Tokens by which lengths are told apart: of less, groups would be small and gain little."""
@@ -75,7 +75,7 @@ class TextTower:
         return shadowed(self.owner, values)
 
 
-def groups(lengths: Sequence[int], longest: int, fewest: int = FEWEST) -> Iterator[tuple[int, list[int]]]:
+def length_groups(lengths: Sequence[int], longest: int, fewest: int = FEWEST) -> Iterator[tuple[int, list[int]]]:
     """Rows of like length, each group with the length it is cut to: a multiple of STEP, at most `longest`.
 
     A group of less than `fewest` goes with the next longer one.

@@ -34,7 +34,7 @@ from clipfreeze.train.objective import Training
 from clipfreeze.train.prefix import FEATURES, Encode, NoCutError, Prefix, find_prefix
 from clipfreeze.train.settings import TrainingSettings
 from clipfreeze.train.store import Store
-from clipfreeze.train.texts import TextTower, groups, unique
+from clipfreeze.train.texts import TextTower, length_groups, unique
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -94,7 +94,7 @@ class Texts:
         if self.tower.prompts:  # placeholders take up length while the prompt is on
             given = self.tower.rewritten(given.to(self.device)).cpu()
         parts, order = [], []
-        for length, rows in groups(self.tower.lengths(given), given.shape[1]):
+        for length, rows in length_groups(self.tower.lengths(given), given.shape[1]):
             ids = given[rows, :length].to(self.device, non_blocking=True)
             parts.append(self._encoded(ids, [first[row] for row in rows]))
             order += rows
@@ -393,7 +393,7 @@ class Thrift:
 
     def _through_text(self, prefix: Prefix, ids: Tensor, lengths: list[int], missing: Sequence[int]) -> list[Tensor]:
         made: dict[int, Tensor] = {}
-        for length, group in groups([lengths[row] for row in missing], ids.shape[1], fewest=1):
+        for length, group in length_groups([lengths[row] for row in missing], ids.shape[1], fewest=1):
             rows = [missing[place] for place in group]
             states = self._through(prefix, ids[rows, :length].to(self.device), TEXTS_AT_ONCE)
             for row, state in zip(rows, states, strict=True):
