@@ -37,9 +37,16 @@ def _span(value: str) -> str:
     return value
 
 
-def _size(value: str) -> str:
-    if convert_file_size_to_int(value) < 0:
+def bytes_of(size: str) -> int:
+    """`4GB` -> 4e9; a bare number is of bytes. ValueError for anything else."""
+    count = int(convert_file_size_to_int(int(size) if size.isdigit() else size))
+    if count < 0:
         raise ValueError("a size is 0 or more")
+    return count
+
+
+def _size(value: str) -> str:
+    bytes_of(value)
     return value
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate.utils.modeling import convert_file_size_to_int
 from torch import Tensor
 
 from clipfreeze.anatomy.pooled import Pooled, pooled_token
@@ -32,7 +31,7 @@ from clipfreeze.train.kept import Budget, Kept, Memory
 from clipfreeze.train.last_block import at_token
 from clipfreeze.train.objective import Training
 from clipfreeze.train.prefix import FEATURES, Encode, NoCutError, Prefix, find_prefix
-from clipfreeze.train.settings import TrainingSettings
+from clipfreeze.train.settings import TrainingSettings, bytes_of
 from clipfreeze.train.store import Store
 from clipfreeze.train.texts import TextTower, length_groups, unique
 
@@ -295,7 +294,7 @@ class Thrift:
         if tower == "vision" and self._transform is None:
             self.notes.append("pictures are kept in memory alone: their transform does not say what it does")
             return None
-        return Store(Path(self.settings.cache_dir), name, convert_file_size_to_int(self.settings.cache_disk))
+        return Store(Path(self.settings.cache_dir), name, bytes_of(self.settings.cache_disk))
 
     def _drop(self, tower: str) -> None:
         if (kept := self.kept.pop(tower, None)) is not None:
@@ -435,5 +434,5 @@ def _as_it_is(key: Hashable) -> bytes:
 def memory_budget(said: str | None) -> int:
     """Bytes; half of what is free unless said, the ranks of a machine together."""
     if said is not None:
-        return int(convert_file_size_to_int(said))
+        return bytes_of(said)
     return int(psutil.virtual_memory().available // 2 // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

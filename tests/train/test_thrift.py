@@ -1,5 +1,7 @@
 """Law 8: what is frozen runs once, texts are cut and equal ones encoded once, and neither loss nor gradients change."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
