@@ -49,6 +49,7 @@ def peer(cell: Cell, gate: Gate) -> Side:
     plan = cell.plan(model)
     words = made.tokenizer(model)
     made_peer = PEERS[cell.how.peer](model, plan, words)
+    _rest_batch_norms(made_peer.model)
     with_text = "text" in made_peer.reads
     loader = TrainingLoader(
         cell.pairs(),
@@ -106,10 +107,6 @@ def _open_clip(model: Any, plan: Plan, words: Any) -> Peer:
     trained = {parameter.name for parameter in plan.trainable}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
-            module.train = lambda mode=True, module=module: module  # type: ignore[method-assign, misc]
     return Peer(model, _contrastive(model))
 
 
@@ -164,6 +161,14 @@ PEERS: dict[str, Callable[[Any, Plan, Any], Peer]] = {
     "CoOp": _coop,
     "PEFT": _peft,
 }
+
+
+def _rest_batch_norms(model: nn.Module) -> None:
+    """Keep them in eval mode when the loop calls `model.train()`."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+            vars(module)["train"] = lambda mode=True, module=module: module
 
 
 def _contrastive(model: Any) -> Callable[..., dict[str, Tensor]]:
