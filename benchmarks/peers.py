@@ -121,10 +121,12 @@ def _lock_text(model: Any, plan: Plan, words: Any) -> Peer:
 
 
 def _locked(model: Any, plan: Plan) -> Peer:
-    """RunError unless open_clip's lock leaves what the plan trains."""
-    left = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if other := left ^ {parameter.name for parameter in plan.trainable}:
-        raise RunError(f"open_clip's lock and {plan.policy.name} differ in {', '.join(sorted(other)[:3])}")
+    """Freeze by hand what open_clip's lock leaves: a timm tower's projection. RunError where it locks what trains."""
+    trained = {parameter.name for parameter in plan.trainable}
+    for name, parameter in model.named_parameters():
+        if name in trained and not parameter.requires_grad:
+            raise RunError(f"open_clip's lock freezes {name}, which {plan.policy.name} trains")
+        parameter.requires_grad_(name in trained)
     return Peer(model, _contrastive(model))
 
 
