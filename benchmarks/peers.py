@@ -49,6 +49,7 @@ def peer(cell: Cell, gate: Gate) -> Side:
     plan = cell.plan(model)
     words = made.tokenizer(model)
     made_peer = PEERS[cell.how.peer](model, plan, words)
+    _rest_batch_norms(made_peer.model)
     with_text = "text" in made_peer.reads
     loader = TrainingLoader(
         cell.pairs(),
@@ -106,10 +107,6 @@ def _open_clip(model: Any, plan: Plan, words: Any) -> Peer:
     trained = {parameter.name for parameter in plan.trainable}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
-            module.train = lambda mode=True, module=module: module  # type: ignore[method-assign, misc]
     return Peer(model, _contrastive(model))
 
 
@@ -124,10 +121,12 @@ def _lock_text(model: Any, plan: Plan, words: Any) -> Peer:
 
 
 def _locked(model: Any, plan: Plan) -> Peer:
-    """RunError unless open_clip's lock leaves what the plan trains."""
-    left = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if other := left ^ {parameter.name for parameter in plan.trainable}:
-        raise RunError(f"open_clip's lock and {plan.policy.name} differ in {', '.join(sorted(other)[:3])}")
+    """Freeze by hand what open_clip's lock leaves: a timm tower's projection. RunError where it locks what trains."""
+    trained = {parameter.name for parameter in plan.trainable}
+    for name, parameter in model.named_parameters():
+        if name in trained and not parameter.requires_grad:
+            raise RunError(f"open_clip's lock freezes {name}, which {plan.policy.name} trains")
+        parameter.requires_grad_(name in trained)
     return Peer(model, _contrastive(model))
 
 
@@ -164,6 +163,14 @@ PEERS: dict[str, Callable[[Any, Plan, Any], Peer]] = {
     "CoOp": _coop,
     "PEFT": _peft,
 }
+
+
+def _rest_batch_norms(model: nn.Module) -> None:
+    """Keep them in eval mode when the loop calls `model.train()`."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+            vars(module)["train"] = lambda mode=True, module=module: module
 
 
 def _contrastive(model: Any) -> Callable[..., dict[str, Tensor]]:

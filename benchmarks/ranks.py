@@ -38,10 +38,10 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="ViT-B-32")
     parser.add_argument("--batch-size", type=int, default=64, help="of all ranks together")
     options = parser.parse_args()
-    cores = os.cpu_count() or 1
-    if "RANK" in os.environ:
+    if ranks := int(os.environ.get("WORLD_SIZE", 0)):  # torchrun's
+        threads = max(1, (os.cpu_count() or 1) // ranks)
         for strategy in options.strategies:
-            measure(Cell(options.model, strategy, options.batch_size, threads=max(1, cores // world_size())))
+            measure(Cell(options.model, strategy, options.batch_size, threads=threads))
         return
     print(json.dumps(machine()), flush=True)
     for ranks in RANKS:

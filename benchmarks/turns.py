@@ -46,11 +46,11 @@ class _Started:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait for their turn leave the cores to the other side
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(side, cell, theirs), daemon=True)
-        process.start()
+        self.process = context.Process(target=_serve, args=(side, cell, theirs), daemon=True)
+        self.process.start()
         theirs.close()  # so that the end of the process is the end of what can be read
-        ending.callback(process.join)
-        ending.callback(process.kill)
+        ending.callback(self.process.join)
+        ending.callback(self.process.kill)
         self.name = side.__name__.strip("_")
         self.result: Side | None = None
         self._listen()
@@ -68,6 +68,7 @@ class _Started:
             raise RunError(f"the process of {self.name} ended") from None
         if isinstance(said, Side):
             self.result = said
+            self.process.join()
         elif said != _TURN:
             raise RunError(f"{self.name} failed:\n{said}")
 
