@@ -73,7 +73,7 @@ class Engine:
     optimizer: Any  # prepared
     scheduler: Any
     settings: TrainingSettings
-    normalise: Callable[[Tensor], Tensor]  # the images of a batch, on the device
+    normalise: Callable[[Tensor], Tensor] = lambda images: images  # of a batch, on the device
     reached: set[str] = field(default_factory=set)  # names that had a gradient in the first step
     notes: list[str] = field(default_factory=list)
     skipped: int = 0
