@@ -19,9 +19,9 @@ import numpy as np
 import open_clip
 import torch
 from open_clip.transform import image_transform
-from PIL import Image
 
 import clipfreeze
+from benchmarks.made import jpeg
 from clipfreeze.train.batches import Tokenizer, TrainingLoader
 from clipfreeze.train.loop import fit
 from clipfreeze.train.pairs import Pair, PairSet
@@ -36,12 +36,8 @@ def made_pictures(folder: Path, count: int, size: tuple[int, int]) -> PairSet:
     dice = np.random.default_rng(0)
     pairs = []
     for number in range(count):
-        coarse = Image.fromarray(dice.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
-            size, Image.Resampling.BICUBIC
-        )
-        grain = dice.normal(0, 8, (size[1], size[0], 3))
         path = folder / f"{number}.jpg"
-        Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(path, quality=90)
+        path.write_bytes(jpeg(dice, *size))
         pairs.append(Pair(path, (f"picture number {number} of some thing",), str(path)))
     return PairSet("made", tuple(pairs))
 

@@ -10,13 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.machine import machine
 from clipfreeze import changes, demo, models
 from clipfreeze.plan.build import resolve
 from clipfreeze.policy.loading import builtin_policies
@@ -71,17 +68,6 @@ def row(name: str, trainable: str, found: dict[str, dict[str, tuple[float, float
         for value, error in [found[part][score]]
     ]
     return f"| {name} | {trainable} | {' | '.join(cells)} | {seconds} |"
-
-
-def machine() -> dict[str, Any]:
-    """Where and on what this was measured."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
-    return {
-        "commit": commit.strip(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-    }
 
 
 def main() -> None:

@@ -98,6 +98,11 @@ class Applied:
         return [(part.site, part.addition) for part in self._own.parts]
 
     @property
+    def sites(self) -> list[Site]:
+        """Of all that policies added to the model, this one's and those beside it."""
+        return [part.site for added in self._sets.values() for part in added.parts]
+
+    @property
     def _own(self) -> Added:
         return next(iter(self._sets.values()))
 

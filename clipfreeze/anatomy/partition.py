@@ -40,8 +40,8 @@ def describe(model: nn.Module, name: str | None = None) -> Anatomy:
     Raises ModelError for a wrapped model, one without the two towers, and parameters that are in no part.
     """
     _refuse_wrapped(model)
-    layouts = _layouts(model)
-    where = _where(layouts)
+    found_layouts = layouts(model)
+    where = _where(found_layouts)
 
     aliases = _aliases(model)
     owners = dict(model.named_modules())
@@ -57,30 +57,31 @@ def describe(model: nn.Module, name: str | None = None) -> Anatomy:
         model=name or type(model).__name__,
         family=_family(model),
         parameters=parameters,
-        towers=tuple(_tower(model, tower, layout) for tower, layout in layouts.items()),
+        towers=tuple(_tower(model, tower, layout) for tower, layout in found_layouts.items()),
         notes=tuple(_notes(parameters)),
     )
 
 
 def find_tower(model: nn.Module, name: str) -> Tower:
     """One tower alone, "vision" or "text"; unlike `describe` it does not mind what policies added."""
-    return _tower(model, name, _layouts(model)[name])
+    return _tower(model, name, layouts(model)[name])
 
 
-def _layouts(model: nn.Module) -> dict[str, Layout]:
+def layouts(model: nn.Module) -> dict[str, Layout]:
+    """Of both towers, under names in the model; ModelError for another kind of model."""
     children = dict(model.named_children())
-    layouts = {}
+    found = {}
     for tower, attribute, known in (("vision", "visual", VISION_LAYOUTS), ("text", "text", TEXT_LAYOUTS)):
         if attribute in children:
-            layouts[tower] = _layout(children[attribute], attribute, known).within(f"{attribute}.")
+            found[tower] = _layout(children[attribute], attribute, known).within(f"{attribute}.")
         elif tower == "text" and isinstance(model, tuple(known)):
-            layouts[tower] = _layout(model, "model", known)
+            found[tower] = _layout(model, "model", known)
         else:
             raise ModelError(
                 f"{type(model).__name__} is no open_clip model: it has no {tower} tower (a child named `{attribute}`)",
                 "build it with open_clip.create_model(...), or open_clip.CLIP, CustomTextCLIP or CoCa by hand",
             )
-    return layouts
+    return found
 
 
 def _layout(tower: nn.Module, name: str, known: Layouts) -> Layout:

@@ -76,7 +76,8 @@ class Tokens:
     The `first` ones are no words or patches: start, class and register tokens.
     Of a text, `table` is the parameter that ids are looked up in, `context` the most ids that it takes (None: any
     number), and `end` says which of a row is its last: the largest id; the first `end_id`, else the last but `pad`; the
-    last but `pad`; the `pad` behind that.
+    last but `pad`; the `pad` behind that. `whole` says in a few words why what stands behind the end of a text still
+    reaches its feature; where it is empty nothing does, and texts may be cut there.
     """
 
     width: int
@@ -87,6 +88,7 @@ class Tokens:
     end: Literal["largest", "id", "last", "pad"] = "last"
     end_id: int = 0
     pad: int = 0
+    whole: str = ""
 
 
 @dataclass(frozen=True, slots=True)

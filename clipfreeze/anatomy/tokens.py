@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from open_clip import CLIP
 from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import VisionTransformer
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from clipfreeze.anatomy.parts import Tokens
 
@@ -33,6 +34,20 @@ def text_tokens(model: nn.Module) -> Tokens | str:
     return _hugging_face(tower, within) if isinstance(tower, HFTextEncoder) else _open_clip(tower, within)
 
 
+def text_ends(tokens: Tokens, ids: Tensor) -> Tensor:
+    """ids: (B, L) -> (B,), the place of each text's end token; never before `first`."""
+    place = torch.arange(ids.shape[1], device=ids.device)
+    last = torch.where(ids != tokens.pad, place, 0).amax(1)
+    if tokens.end == "largest":
+        found = ids.argmax(1)
+    elif tokens.end == "id":
+        ends = ids == tokens.end_id
+        found = torch.where(ends.any(1), ends.int().argmax(1), last)
+    else:
+        found = last + (tokens.end == "pad")
+    return found.clamp(min=tokens.first, max=max(ids.shape[1] - 1, tokens.first))
+
+
 def vision_tokens(tower: Any) -> Tokens | str:
     """Of the vision tower, or why it takes no more tokens than it has."""
     if isinstance(tower, VisionTransformer):
@@ -54,6 +69,7 @@ def _open_clip(tower: Any, within: str) -> Tokens | str:
         "table": f"{within}token_embedding.weight",
         "context": tower.context_length,
         "pad": 0 if top else tower.pad_id,
+        "whole": _seen_behind_the_end(tower, pool),
     }
     if not top and tower.cls_emb is not None:  # CoCa appends the token that it pools
         return Tokens(first=1, end="last", **common)
@@ -68,6 +84,15 @@ def _open_clip(tower: Any, within: str) -> Tokens | str:
     if pool == "first" and tower.attn_mask is not None:
         return "is causal and pooled at its first token, so all captions have one feature"
     return Tokens(first=1, end="last", **common)
+
+
+def _seen_behind_the_end(tower: Any, pool: str) -> str:
+    """Why the tokens there reach the feature, if they do."""
+    if dict(tower.named_parameters(recurse=False)).get("cls_emb") is not None:
+        return "its pooled token stands behind all others"
+    if pool not in ("argmax", "eos"):
+        return f"it pools at the {pool} position"
+    return "" if tower.attn_mask is not None else "no causal mask hides them"
 
 
 def _hugging_face(tower: Any, within: str) -> Tokens:

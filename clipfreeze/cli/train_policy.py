@@ -60,12 +60,30 @@ def run(
         bool | None,
         typer.Option("--shard/--no-shard", help="split weights, gradients and moments over the ranks (FSDP2)"),
     ] = None,
+    checkpoint_activations: Annotated[
+        bool, typer.Option("--checkpoint-activations", help="compute blocks again in backward: less memory, more time")
+    ] = False,
+    compile_blocks: Annotated[
+        bool, typer.Option("--compile", help="run the blocks that train as torch.compile makes them")
+    ] = False,
     objective: Annotated[str, typer.Option(help="contrastive, classes (cross-entropy over class prompts), auto")] = (
         "auto"
     ),
     clip_grad: Annotated[float | None, typer.Option(help="the gradient's largest norm")] = None,
     precision: Annotated[str, typer.Option(help="of autocast: fp32, bf16, fp16, auto")] = "auto",
     ema: Annotated[float | None, typer.Option(help="decay of an average of the weights, which is then kept")] = None,
+    views: Annotated[
+        int | None, typer.Option(min=1, help="augmented views of each picture, kept and shown in turn; else no end")
+    ] = None,
+    cache_ram: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="of memory, for what frozen parts made; else half of what is free"),
+    ] = None,
+    cache_dir: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="keep that on disk too: for other runs and ranks")
+    ] = None,
+    cache_disk: Annotated[str, typer.Option(metavar="SIZE", help="the most that this folder may hold")] = "50GB",
+    cache_dtype: Annotated[str, typer.Option(help="of what is kept: fp32, bf16, fp16; auto: as computed")] = "auto",
     max_bad: Annotated[float, typer.Option(help="share of pictures that may be broken and left out")] = 0.01,
     evaluate_every: Annotated[str | None, typer.Option(metavar="STRETCH", help=f"measure too: {_STRETCH}")] = None,
     save_every: Annotated[str, typer.Option(metavar="STRETCH", help=f"between checkpoints: {_STRETCH}")] = "1 epochs",
@@ -134,10 +152,17 @@ def run(
         batch_size=_size(batch_size) if batch_size is not None else (demo.BATCH_SIZE if data is None else 64),
         micro_batch=micro_batch,
         shard=bool(shard),
+        checkpoint_activations=checkpoint_activations,
+        compile=compile_blocks,
         objective=objective,
         clip_grad=clip_grad,
         precision=precision,
         ema=ema,
+        views=views,
+        cache_ram=cache_ram,
+        cache_dir=cache_dir,
+        cache_disk=cache_disk,
+        cache_dtype=cache_dtype,
         max_bad=max_bad,
         evaluate_every=evaluate_every,
         save_every=save_every,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clipfreeze.anatomy.parts import Tokens, Tower
+from clipfreeze.anatomy.tokens import text_ends
 from clipfreeze.errors import ApplyError, DataError
 from clipfreeze.inject.addition import Addition, register
 from clipfreeze.inject.columns import replace_columns, replace_first
@@ -93,7 +94,7 @@ class TextPrompt(Addition):
         if self.spec.init != "random":
             tokenize = fitting_tokenizer(model, tokenizer, f"the prompt init {self.spec.init!r}")
             ids = tokenize([self.spec.init]).to(table.device)
-            [end] = self._ends(ids).tolist()
+            [end] = text_ends(self.tokens, ids).tolist()
             words = ids[0, self.tokens.first : end]
             self._check_words(len(words))
             blocks = self.vectors if self.classes else self.vectors[:1]
@@ -101,7 +102,7 @@ class TextPrompt(Addition):
         if self.classes:
             tokenize = fitting_tokenizer(model, tokenizer, "a class-specific prompt")
             ids = tokenize(list(self.classes)).to(table.device)
-            ends = self._ends(ids)
+            ends = text_ends(self.tokens, ids)
             self.names.copy_(self._comparable(ids, ends))
             self._check_names(ends.tolist())
 
@@ -128,7 +129,7 @@ class TextPrompt(Addition):
         if self.strength == 0 or bool((ids < 0).any()):  # off, or placeholders stand there already
             return ids
         first, length = self.tokens.first, self.spec.length
-        end = self._ends(ids).unsqueeze(1)
+        end = text_ends(self.tokens, ids).unsqueeze(1)
         total = ids.shape[1] + length
         if self.tokens.context is not None:
             total = max(ids.shape[1], min(total, self.tokens.context))
@@ -147,20 +148,6 @@ class TextPrompt(Addition):
         if self.classes:
             number = number + self._class_of(ids, end.squeeze(1)).unsqueeze(1) * length
         return torch.where(in_head | in_tail, -1 - number, moved)
-
-    def _ends(self, ids: Tensor) -> Tensor:
-        """ids: (B, L) -> (B,), the place of each text's end token; never before `first`."""
-        tokens = self.tokens
-        place = torch.arange(ids.shape[1], device=ids.device)
-        last = torch.where(ids != tokens.pad, place, 0).amax(1)
-        if tokens.end == "largest":
-            found = ids.argmax(1)
-        elif tokens.end == "id":
-            ends = ids == tokens.end_id
-            found = torch.where(ends.any(1), ends.int().argmax(1), last)
-        else:
-            found = last + (tokens.end == "pad")
-        return found.clamp(min=tokens.first, max=max(ids.shape[1] - 1, tokens.first))
 
     def _tell_cut(self, cut: int, texts: int) -> None:
         if not cut:

@@ -9,8 +9,10 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from clipfreeze.errors import PlanError, Problem, did_you_mean, nearest
+from clipfreeze.pieces import in_pieces
 from clipfreeze.policy.schema import Optimizer
 
 _OURS = ("params", "lr", "weight_decay")
@@ -22,6 +24,12 @@ _OUR_DEFAULTS: dict[str, dict[str, Any]] = {
     "lbfgs": {"max_iter": 100, "tolerance_grad": 1e-10, "tolerance_change": 1e-14, "line_search_fn": "strong_wolfe"},
 }
 """To the minimum in one step: torch's are for many."""
+
+_FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+"""Optimizers that update all weights in one pass over memory: AdamW four times as fast on a CPU, equal to rounding."""
+
+_KERNELS = ("foreach", "fused", "capturable", "differentiable")
+"""Options that say how a step is computed; who gives one chooses it all."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +50,39 @@ def build_optimizer(optimizer: Optimizer, groups: list[dict[str, Any]]) -> torch
         raise PlanError(f"{optimizer.name} has no weight decay, and the plan asks for it", "weight_decay = 0.0")
     ours = {"lr": optimizer.lr or groups[0]["lr"], "weight_decay": optimizer.weight_decay}  # no lr: Adafactor picks one
     given = {name: value for name, value in ours.items() if name in maker.takes}
+    options = maker.defaults | _as_python(optimizer.options)
+    if maker.make in _FUSED and not any(name in _KERNELS for name in options) and _can_be_fused(groups):
+        options["fused"] = True
     try:
-        return maker.make(groups, **given, **maker.defaults | _as_python(optimizer.options))
+        made = maker.make(groups, **given, **options)
     except (ValueError, TypeError, IndexError, RuntimeError) as error:
         raise PlanError(f"{optimizer.name} does not take these options: {error}", "see its documentation") from error
+    if options.get("fused"):
+        made.register_step_pre_hook(_lay_alike)
+    return made
+
+
+def _can_be_fused(groups: list[dict[str, Any]]) -> bool:
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() and not in_pieces(p) for p in parameters)
+
+
+@torch.no_grad()
+def _lay_alike(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Gradients and moments in memory as the weights are. Fused kernels go through all of them in the order of memory,
+    so that of a weight in channels_last a contiguous gradient or moment would reach the wrong numbers.
+    """
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
+            parameter.grad = _laid_as(parameter, parameter.grad)
+        held = optimizer.state.get(parameter, {})
+        for name, value in held.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                held[name] = _laid_as(parameter, value)
+
+
+def _laid_as(parameter: Tensor, value: Tensor) -> Tensor:
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _option_problems(optimizer: Optimizer, maker: _Maker) -> Iterator[Problem]:

@@ -14,6 +14,9 @@ from clipfreeze.pieces import cut_like, in_pieces, on_cpu
 _GROUP = "param group "
 """Begins the owner of a tensor that an optimizer keeps in a param group, by its number."""
 
+_HOW = ("foreach", "fused")
+"""Settings that are this process's own: how it computes a step, not which step."""
+
 
 class OptimizerState(NamedTuple):
     """All that an optimizer knows. `tensors` are on the CPU, by "parameter/entry"; `plain` is as JSON has it."""
@@ -62,7 +65,10 @@ def load_optimizer_state(
     groups = []
     for number, (group, saved) in enumerate(zip(optimizer.param_groups, plain["groups"], strict=True)):
         members = [number_of.setdefault(name, len(number_of)) for name in saved["parameters"]]
-        settings = {key: _like(value, group.get(key)) for key, value in saved["settings"].items()}
+        settings = {
+            key: group[key] if key in _HOW and key in group else _like(value, group.get(key))
+            for key, value in saved["settings"].items()
+        }
         made = {key: value for key, value in group.items() if not _is_plain(value)}
         groups.append(made | settings | owned.get(f"{_GROUP}{number}", {}) | {"params": members})
     held = {number_of[name]: entries | owned.get(name, {}) for name, entries in plain["state"].items()}

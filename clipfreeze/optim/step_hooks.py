@@ -36,7 +36,7 @@ class Pull:
         """Add the term's gradient to the parameter's, times `scale`."""
         pull = self._distance(self.parameter) * (2 * self.strength * scale)
         if self.parameter.grad is None:
-            self.parameter.grad = pull
+            self.parameter.grad = torch.empty_like(self.parameter).copy_(pull)  # in memory as the weight is
         else:
             self.parameter.grad.add_(pull)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from open_clip.hf_model import HFTextEncoder
 from PIL import Image
@@ -18,41 +21,56 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clipfreeze.errors import DataError, RunError
 from clipfreeze.train.broken import Broken, none_whole, reason
-from clipfreeze.train.pairs import PairSet
+from clipfreeze.train.pairs import Pair, PairSet
 from clipfreeze.train.pictures import open_image
 
 _ATTEMPTS = 20  # pairs tried in the place of a broken one
 
 Transform = Callable[[Image.Image], Tensor]
 Batch = dict[str, Tensor]
-"""image: (B, 3, H, W); text: (B, L) ids and concepts: (B,) equal where pairs say the same; label: (B,) classes."""
+"""image: (B, 3, H, W), uint8 until normalised on the device; text: (B, L) ids and concepts: (B,) equal where pairs say
+the same; label: (B,) classes."""
 
 
 class Draw(NamedTuple):
-    """Which pair, in which pass over the data: all that a sample's dice depend on, beside the run's seed."""
+    """Which pair, in which pass over the data: all that a sample's dice depend on, beside the run's seed. Of a `known`
+    one the picture is not needed.
+    """
 
     epoch: int
     position: int
+    known: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    image: Tensor  # (3, H, W)
+    image: Tensor | None  # (3, H, W), see normalise.py
     caption: str
     label: int | None
     broken: tuple[str, ...] = ()  # what could not be read in its place, and why
+    draw: Draw | None = None  # where another pair stands in for a broken one, none
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A batch, and what could not be read while it was made: "folder/a.jpg: the file is empty"."""
+    """A batch, and what could not be read while it was made: "folder/a.jpg: the file is empty".
+
+    `draws` are its samples, where they have a name; `seen` those of which the batch has the picture.
+    """
 
     batch: Batch
     broken: tuple[str, ...] = ()
+    draws: tuple[Draw | None, ...] = ()
+    seen: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Samples."""
+        return len(self.draws)
 
     def pin_memory(self) -> Loaded:
         """In memory that a GPU copies from while it computes; the DataLoader asks for it."""
-        return Loaded({key: value.pin_memory() for key, value in self.batch.items()}, self.broken)
+        return replace(self, batch={key: value.pin_memory() for key, value in self.batch.items()})
 
 
 class Pictures(Dataset[Any]):
@@ -76,31 +94,53 @@ class Pictures(Dataset[Any]):
 class TrainingSamples(Dataset[Any]):
     """Samples as a run of this seed sees them: the same ones whatever the number of workers or the order.
 
-    Another pair of the data, drawn by the dice of the place, stands in for a broken one.
+    Another pair of the data, drawn by the dice of the place, stands in for a broken one. With `views` each picture has
+    so many, which take turns.
     """
 
-    def __init__(self, pairs: PairSet, transform: Transform, seed: int) -> None:
+    def __init__(self, pairs: PairSet, transform: Transform, seed: int, views: int | None = None) -> None:
         self.pictures = Pictures(pairs, transform)
-        self.seed = seed
+        self.seed, self.views = seed, views
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, draw: Draw) -> Sample | DataError:
-        dice, position = f"{self.seed}/{draw.epoch}/{draw.position}", draw.position
+        position = draw.position
         broken: list[str] = []
         for attempt in range(_ATTEMPTS):
+            dice = f"{self.seed}/{draw.epoch}/{draw.position}" + (f"/{attempt}" if attempt else "")
             if attempt:
-                dice = f"{self.seed}/{draw.epoch}/{draw.position}/{attempt}"
                 position = random.Random(dice).randrange(len(self))
             pair = self.pictures.pairs[position]
-            with thrown(dice):
-                caption = random.choice(self.pictures.pairs.templates).format(random.choice(pair.captions))
-                image = self.pictures[position]
+            caption = _caption(pair, self.pictures.pairs.templates, random.Random(dice))
+            if draw.known:
+                return Sample(None, caption, pair.label, draw=draw)
+            image = self._view(draw, position, dice)
             if isinstance(image, Tensor):
-                return Sample(image, caption, pair.label, tuple(broken))
+                return Sample(image, caption, pair.label, tuple(broken), None if attempt else draw)
             broken.append(reason(image))
         return none_whole(f"{len(broken)} pictures in a row are broken", broken)
+
+    @cached_property
+    def random(self) -> bool:
+        """Whether a picture is another one each time."""
+        return draws_numbers(self.pictures.transform)
+
+    def view(self, draw: Draw) -> int:
+        """Which of a picture's views, from 0, where they take turns."""
+        return draw.epoch % self.views if self.views is not None and self.random else 0
+
+    def picture(self, draw: Draw) -> Tensor:
+        """(3, H, W), as in the sample of this draw; DataError where it is broken."""
+        image = self._view(draw, draw.position, f"{self.seed}/{draw.epoch}/{draw.position}")
+        if isinstance(image, DataError):
+            raise image
+        return image
+
+    def _view(self, draw: Draw, position: int, dice: str) -> Tensor | DataError:
+        with thrown(dice if self.views is None else f"{self.seed}/view {self.view(draw)}/{position}"):
+            return self.pictures[position]
 
 
 class Steps(Sampler[list[Draw]]):
@@ -110,6 +150,7 @@ class Steps(Sampler[list[Draw]]):
     def __init__(self, size: int, seed: int, batch_size: int, rank: int, world: int) -> None:
         self.size, self.seed, self.batch_size, self.rank, self.world = size, seed, batch_size, rank, world
         self.epoch = self.skip = 0
+        self.knows: Callable[[Draw], bool] = lambda draw: False
 
     def __len__(self) -> int:
         return self.size // (self.batch_size * self.world)
@@ -118,7 +159,8 @@ class Steps(Sampler[list[Draw]]):
         epoch, skip, order = self.epoch, self.skip, _order(self.size, self.seed, self.epoch)
         for step in range(skip, len(self)):
             start = (step * self.world + self.rank) * self.batch_size
-            yield [Draw(epoch, position) for position in order[start : start + self.batch_size]]
+            draws = [Draw(epoch, position) for position in order[start : start + self.batch_size]]
+            yield [draw._replace(known=self.knows(draw)) for draw in draws]
 
 
 class Tokenizer:
@@ -144,7 +186,9 @@ class Tokenizer:
 
 
 class Collate:
-    """Samples to a batch; the first broken sample to its error. Text needs a tokenizer; labels come if asked for."""
+    """Samples to a batch, with the pictures there are; the first broken sample to its error. Text needs a tokenizer;
+    labels come if asked for.
+    """
 
     def __init__(self, tokenizer: Tokenizer | None, labels: bool = False) -> None:
         self.tokenizer, self.labels = tokenizer, labels
@@ -155,7 +199,8 @@ class Collate:
             if isinstance(sample, DataError):
                 return sample
             good.append(sample)
-        batch = {"image": torch.stack([sample.image for sample in good])}
+        seen = [sample.image for sample in good if sample.image is not None]
+        batch = {"image": torch.stack(seen)} if seen else {}
         if self.tokenizer is not None:
             try:
                 batch["text"] = text = self.tokenizer([sample.caption for sample in good])
@@ -177,7 +222,13 @@ class Load:
         batch = self.collate(samples)
         if isinstance(batch, DataError):
             return batch
-        return Loaded(batch, tuple(name for sample in samples if isinstance(sample, Sample) for name in sample.broken))
+        good = [sample for sample in samples if isinstance(sample, Sample)]
+        return Loaded(
+            batch,
+            tuple(name for sample in good for name in sample.broken),
+            tuple(sample.draw for sample in good),
+            tuple(row for row, sample in enumerate(good) if sample.image is not None),
+        )
 
 
 class TrainingLoader:
@@ -200,12 +251,14 @@ class TrainingLoader:
         labels: bool = False,
         rank: int = 0,
         world: int = 1,
+        views: int | None = None,
     ) -> None:
         """DataError when the data do not fill one batch of all ranks."""
         check_batch(pairs.name, len(pairs), batch_size, world)
         self._steps = Steps(len(pairs), seed, batch_size, rank, world)
+        self.samples = TrainingSamples(pairs, transform, seed, views)
         self._loader: DataLoader[Any] = DataLoader(
-            TrainingSamples(pairs, transform, seed),
+            self.samples,
             batch_sampler=self._steps,
             collate_fn=Load(Collate(tokenizer, labels)),
             **worker_settings(num_workers),
@@ -214,6 +267,10 @@ class TrainingLoader:
     def __len__(self) -> int:
         """Steps an epoch, the same on every rank."""
         return len(self._steps)
+
+    def leave_out(self, knows: Callable[[Draw], bool]) -> None:
+        """From now on, load no picture of which `knows` says that it is not needed."""
+        self._steps.knows = knows
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Loaded]:
         """Those of an epoch, from the one after the first `skip` on."""
@@ -313,6 +370,23 @@ def _order(size: int, seed: int, epoch: int) -> list[int]:
     order = list(range(size))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return order
+
+
+def draws_numbers(transform: Transform) -> bool:
+    """Whether it draws any of the random numbers there are, of Python, NumPy and torch."""
+    picture = Image.effect_noise((96, 64), 64).convert("RGB")
+
+    def states() -> list[bytes]:
+        return [pickle.dumps(random.getstate()), pickle.dumps(np.random.get_state()), bytes(torch.get_rng_state())]
+
+    with thrown("draws"):
+        before = states()
+        transform(picture)
+        return states() != before
+
+
+def _caption(pair: Pair, templates: tuple[str, ...], dice: random.Random) -> str:
+    return dice.choice(templates).format(dice.choice(pair.captions))
 
 
 def _concept(label: int | None, ids: Tensor) -> int:

@@ -8,7 +8,7 @@ encoder runs, and L-BFGS needs some dozens of evaluations. With class prompts th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from clipfreeze.train.objective import (
     Chunk,
     ClassPrompts,
     Contrastive,
+    Given,
     Training,
     clip_loss,
     positives_of,
@@ -54,14 +55,18 @@ class ClosedForm(Engine):
         self.training = self.applied.training()
 
     @torch.no_grad()
-    def epoch(self, batches: Iterable[tuple[Loaded, float]]) -> Iterator[tuple[Loaded, float]]:
-        """One batch, of products and targets, from those of an epoch and the seconds that each was waited for."""
+    def epoch(
+        self, batches: Iterable[tuple[Loaded, float]], ready: Callable[[Loaded], Batch]
+    ) -> Iterator[tuple[Loaded, float]]:
+        """One batch, of products and targets, from those of an epoch and the seconds that each was waited for; `ready`
+        makes them ready for the encoders.
+        """
         kept: dict[str, list[Tensor]] = {}
         prompts: dict[int, Tensor] = {}  # features of the class prompts that came up, each encoded once
         broken: list[str] = []
         waited = 0.0
         for loaded, seconds in batches:
-            batch = self._here(loaded.batch)
+            batch = self._here(ready(loaded))
             image, text = batch.pop("image"), batch.pop("text")
             key = id(loaded.batch["text"])
             texts = prompts[key] if key in prompts else self._features(text, True)
@@ -89,9 +94,10 @@ class ClosedForm(Engine):
         optimizer.zero_grad()
         return Step(loss, summed(flags(), self.accelerator.device))
 
-    def _features(self, given: Tensor, is_text: bool) -> Tensor:
+    def _features(self, given: Tensor | Given, is_text: bool) -> Tensor:
+        count = math.ceil(len(given) / (self.settings.micro_batch or len(given)))
+        parts: Sequence[Tensor | Given] = given.tensor_split(count)
         with self.accelerator.autocast():
-            parts = torch.split(given, self.settings.micro_batch or len(given))
             return torch.cat([self.module.encode(Chunk(part, is_text)) for part in parts])
 
 

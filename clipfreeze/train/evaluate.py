@@ -17,6 +17,7 @@ from clipfreeze.inject.modes import evaluating
 from clipfreeze.train.batches import EvaluationLoader, Tokenizer, Transform
 from clipfreeze.train.broken import Broken
 from clipfreeze.train.calibration import Bin, calibration_gaps, reliability
+from clipfreeze.train.normalise import split_transform
 from clipfreeze.train.pairs import PairSet
 from clipfreeze.train.together import Shard
 
@@ -137,15 +138,17 @@ def retrieval(encoder: Encoder, pairs: PairSet) -> Metrics:
 def image_features(encoder: Encoder, pairs: PairSet) -> tuple[PairSet, Tensor]:
     """The pairs whose pictures can be read, and (N, D) normalised. A warning names the others; DataError if all are."""
     broken, lost = Broken(len(pairs)), set[int]()
+    as_bytes, normalise = split_transform(encoder.transform)
 
     def encode(rows: Sequence[int]) -> Tensor:
         loader = EvaluationLoader(
-            pairs, encoder.transform, batch_size=encoder.batch_size, num_workers=encoder.num_workers, rows=rows
+            pairs, as_bytes, batch_size=encoder.batch_size, num_workers=encoder.num_workers, rows=rows
         )
         places, parts = [torch.empty(0, dtype=torch.long)], []
         for positions, images in loader.batches(broken):
             places.append(positions)
-            parts.append(encoder.model.encode_image(images.to(encoder.device), normalize=True))
+            images = normalise(images.to(encoder.device, non_blocking=True))
+            parts.append(encoder.model.encode_image(images, normalize=True))
         read = torch.isin(torch.tensor(rows), torch.cat(places))
         lost.update(row for row, there in zip(rows, read.tolist(), strict=True) if not there)
         if not parts:

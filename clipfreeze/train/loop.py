@@ -6,9 +6,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from clipfreeze.train.checkpoints import Saved, checkpoint_path, keep_checkpoint
 from clipfreeze.train.class_texts import ClassTexts
 from clipfreeze.train.classes import captions_as_classes
 from clipfreeze.train.closed_form import ClosedForm, check_closed_form
+from clipfreeze.train.compiled import compiled_blocks
 from clipfreeze.train.dice import Dice, dice_on, throw_again, undrawn
 from clipfreeze.train.digest import digest_of
 from clipfreeze.train.distributed import everyones, rank, wait_for_all, world_size
@@ -40,16 +41,21 @@ from clipfreeze.train.engine import Engine, make_accelerator
 from clipfreeze.train.evaluate import Encoder, Metrics, Score
 from clipfreeze.train.folder import CHECKPOINTS, METRICS, RESULTS, check_room, write_text
 from clipfreeze.train.journal import Journal, check_trackers, cut_metrics, memory_mb, start_trackers
+from clipfreeze.train.memory_format import channels_last
+from clipfreeze.train.normalise import split_transform
 from clipfreeze.train.objective import training_module
 from clipfreeze.train.pairs import Pair, PairSet
 from clipfreeze.train.parts import measuring_part, training_part
+from clipfreeze.train.recompute import recomputed
 from clipfreeze.train.remarks import collapse_notes, decline_notes, warmup_notes
 from clipfreeze.train.retain import RetainFloor
 from clipfreeze.train.settings import FIXED, TrainingSettings, training_settings
 from clipfreeze.train.sharding import check_sharding, split_model
 from clipfreeze.train.sources import read_data
 from clipfreeze.train.stopping import Stopping
+from clipfreeze.train.store_folder import make_folder
 from clipfreeze.train.stream import PairStream, StreamLoader, TrainingData
+from clipfreeze.train.thrift import Thrift
 from clipfreeze.train.together import Shard, this_shard
 from clipfreeze.train.tuned import for_training, measure_tuned, measure_untuned, unknown_notes
 
@@ -152,6 +158,8 @@ class Run:
         self.accelerator: Any = make_accelerator(settings.precision)
         if settings.shard:
             check_sharding(settings, applied.plan.optimizer, self.accelerator)
+        if settings.cache_dir is not None:
+            make_folder(Path(settings.cache_dir))
         if closed_form := is_closed_form(applied.plan.optimizer):
             check_closed_form(settings)
         tokens = Tokenizer(tokenizer, applied.model)
@@ -160,12 +168,15 @@ class Run:
             pairs = captions_as_classes(pairs)
         module = training_module(applied, settings.objective, len(pairs.class_names))
         self.prompts = ClassTexts(tokens, pairs, settings.seed) if module.reads_classes else None
+        as_bytes, normalise = split_transform(train_transform or transform)
 
         def loader(batch_size: int) -> TrainingLoader | StreamLoader:
-            kind: Any = StreamLoader if isinstance(pairs, PairStream) else TrainingLoader
+            kind: Any = StreamLoader
+            if not isinstance(pairs, PairStream):
+                kind = partial(TrainingLoader, views=settings.views)
             made: TrainingLoader | StreamLoader = kind(
                 pairs,
-                train_transform or transform,
+                as_bytes,
                 tokens if module.reads_texts and not module.reads_classes else None,
                 batch_size=_share(batch_size),
                 seed=settings.seed,
@@ -178,6 +189,7 @@ class Run:
 
         if settings.batch_size == "auto":
             example = next(loader(2 * world_size()).batches(0)).batch
+            example["image"] = normalise(example["image"])
             if self.prompts is not None:
                 example = {**example, "text": self.prompts.at(0)}
             self.batch_size = largest_batch(applied, module, example, len(pairs), self.accelerator)
@@ -196,7 +208,13 @@ class Run:
         self.scheduler = applied.scheduler(self.optimizer, self.total_steps, self.steps_per_epoch)
         prepared = self.accelerator.prepare_optimizer(self.optimizer)
         kind = ClosedForm if closed_form else Engine
-        self.engine = kind(applied, module, self.accelerator, prepared, self.scheduler, settings)
+        self.engine = kind(applied, module, self.accelerator, prepared, self.scheduler, settings, normalise)
+        samples = self.loader.samples if isinstance(self.loader, TrainingLoader) else None
+        self.thrift = None
+        if not settings.shard:
+            self.thrift = Thrift(applied, module, self.accelerator, settings, samples, normalise)
+        if self.thrift is not None and isinstance(self.loader, TrainingLoader):
+            self.loader.leave_out(self.thrift.knows)
         self.average = Average(applied.trainable(), settings.ema) if settings.ema is not None else None
         self.step = 0
         self.phase: int | None = -1  # that the ranks are ready for; before the first step none
@@ -223,11 +241,23 @@ class Run:
         if self.folder is not None:  # weights, moments, an average; and those half-written beside them
             size = sum(p.numel() * p.element_size() for p in self.applied.trainable().values())
             check_room(self.folder, 4 * (self.settings.keep + 2) * size + 10**6)
-        with Stopping() as self.stopping:
+        with Stopping() as self.stopping, self._arranged():
             try:
                 return self._go(resume)
             except KeyboardInterrupt:  # the second one: the first waits for the end of a step
                 raise InterruptedRunError(f"interrupted in step {self.step + 1}: {self._how_to_go_on()}") from None
+
+    @contextmanager
+    def _arranged(self) -> Iterator[None]:
+        """The model as it computes fastest, or in the least memory."""
+        with ExitStack() as arranged:
+            if self.accelerator.device.type == "cuda" and not self.settings.shard:
+                arranged.enter_context(channels_last(self.applied.model))
+            if self.settings.compile:
+                arranged.enter_context(compiled_blocks(self.applied.model))
+            if self.settings.checkpoint_activations:
+                arranged.enter_context(recomputed(self.applied.model))
+            yield
 
     def _claim(self, folder: Path, resume: bool) -> None:
         """DataError for a folder that another run has written to."""
@@ -264,7 +294,11 @@ class Run:
                 f"of {self.accelerator.device}, from step {self.step}"
             )
             self.waited, started = 0.0, time.monotonic()
-            self._train()
+            try:
+                self._train()
+            finally:
+                if self.thrift is not None:
+                    self.thrift.close()
             return self._finish(time.monotonic() - started)
 
     def stop(self, reason: str) -> None:
@@ -278,10 +312,12 @@ class Run:
             return
         for epoch in range(self.step // self.steps_per_epoch, self.settings.epochs):
             done = self.step % self.steps_per_epoch
+            if self.thrift is not None:
+                self.thrift.refresh()
             self.losses = self.losses if done else []
             batches: Iterator[tuple[Loaded, float]] = self._batches(epoch, done)
             if isinstance(self.engine, ClosedForm):
-                batches = self.engine.epoch(batches)
+                batches = self.engine.epoch(batches, self._ready)
             since = time.monotonic()
             for loaded, waited in batches:
                 self._take(loaded, epoch, waited, since)
@@ -301,11 +337,9 @@ class Run:
 
     def _take(self, loaded: Loaded, epoch: int, waited: float, since: float) -> None:
         """One step, of which the first thing was done at the time `since`, and what is due after it."""
-        self._follow_phase(loaded.batch)
+        batch = loaded.batch if isinstance(self.engine, ClosedForm) else self._ready(loaded)
         lr = {str(group["name"]): float(group["lr"]) for group in self.optimizer.param_groups}
-        taken = self.engine.update(
-            loaded.batch, self.step + 1, lambda: [*self._asked_to_end(), float(bool(loaded.broken))]
-        )
+        taken = self.engine.update(batch, self.step + 1, lambda: [*self._asked_to_end(), float(bool(loaded.broken))])
         self.step += 1
         self.losses.append(taken.loss)
         if self.average is not None:
@@ -356,11 +390,23 @@ class Run:
         every = max(1, parse_span(stretch).steps(self.total_steps, self.steps_per_epoch))
         return self.step % every == 0 or self.step == self.total_steps
 
-    def _follow_phase(self, batch: Batch) -> None:
-        """Where the schedule has begun a phase, other parameters train, and the ranks reduce those."""
-        if self.phase != self.applied.phase:
+    def _ready(self, loaded: Loaded) -> Batch:
+        """The batch as the engine takes it. Where the schedule has begun a phase, other parameters train, other parts
+        are frozen, and the ranks reduce what trains.
+        """
+        begins = self.phase != self.applied.phase
+        if begins and self.thrift is not None:
+            self.thrift.enter(loaded)
+            for line in self.thrift.take_notes():
+                self.journal.note(line)
+        batch = loaded.batch
+        if self.thrift is not None:
+            batch = self.thrift.prepare(loaded)
+            self._tell(self.thrift.take_warnings())
+        if begins:
             self.phase = self.applied.phase
             self.engine.wrap(batch)
+        return batch
 
     def _prepare_decisions(self) -> None:
         """What evaluations under way decide. DataError for a score that is not measured."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import open_clip
 import torch
@@ -60,11 +60,30 @@ def objective_for(model: Any) -> Objective:
     return clip_loss if model.logit_bias is None else siglip_loss
 
 
+class Given(Protocol):
+    """Images or texts that know their way through the encoder (see thrift.py)."""
+
+    def features(self) -> Tensor:
+        """(B, D) normalised, fp32."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def tensor_split(self, count: int) -> Sequence[Given]:
+        """As of a tensor."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder works."""
+        ...
+
+
 @dataclass
 class Chunk:
     """A part of a batch, images or texts, on its way through an encoder twice (see accumulate.py)."""
 
-    given: Tensor  # (B, 3, H, W), or (B, L) ids
+    given: Tensor | Given  # (B, 3, H, W), or (B, L) ids
     is_text: bool
     dice: Dice | None = None  # where random numbers stood the first time
     gradient: Tensor | None = None  # (B, D), of the loss
@@ -83,13 +102,15 @@ class Training(nn.Module):
         """`step` of a batch, or `pull` of chunks: a wrapper lets `forward` alone through."""
         return self.step(*batch, **more) if chunks is None else self.pull(chunks, **more)
 
-    def step(self, image: Tensor, text: Tensor | None = None, **targets: Tensor) -> Tensor:
+    def step(self, image: Tensor | Given, text: Tensor | Given | None = None, **targets: Tensor) -> Tensor:
         """image: (B, 3, H, W), text: (T, L) ids, targets as `loss` wants them -> loss."""
         texts = None if text is None else Chunk(text, True)
         return self.loss(self.encode(Chunk(image, False)), None if texts is None else self.encode(texts), **targets)
 
     def encode(self, chunk: Chunk) -> Tensor:
         """(B, D) fp32 normalised, by the encoders: CoCa's forward decodes too."""
+        if not isinstance(chunk.given, Tensor):
+            return chunk.given.features()
         encoder = self.model.encode_text if chunk.is_text else self.model.encode_image
         features: Tensor = encoder(chunk.given, normalize=True)
         return features.float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
+from accelerate.utils.modeling import convert_file_size_to_int
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from clipfreeze.errors import DataError, Problem, did_you_mean
@@ -18,6 +19,8 @@ FIXED = (
     "clip_grad",
     "precision",
     "ema",
+    "views",
+    "cache_dtype",
     "evaluate_every",
     "best",
     "patience",
@@ -34,7 +37,22 @@ def _span(value: str) -> str:
     return value
 
 
+def bytes_of(size: str) -> int:
+    """`4GB` -> 4e9; a bare number is of bytes. ValueError for anything else."""
+    count = int(convert_file_size_to_int(int(size) if size.isdigit() else size))
+    if count < 0:
+        raise ValueError("a size is 0 or more")
+    return count
+
+
+def _size(value: str) -> str:
+    bytes_of(value)
+    return value
+
+
 Stretch = Annotated[str, AfterValidator(_span)]
+Size = Annotated[str, AfterValidator(_size)]
+"""Of memory or disk: "800MB", "4GB", "0"."""
 
 
 class TrainingSettings(Spec):
@@ -50,6 +68,10 @@ class TrainingSettings(Spec):
     shard: bool = Field(
         False, description="split the model's weights, gradients and moments over the ranks, of which it takes several"
     )
+    checkpoint_activations: bool = Field(
+        False, description="blocks keep their input alone and are computed again in backward: less memory, more time"
+    )
+    compile: bool = Field(False, description="run the blocks that train as torch.compile makes them")
     objective: ObjectiveName = Field(
         "auto", description="contrastive, classes (cross-entropy over class prompts), or auto: as the policy asks"
     )
@@ -59,6 +81,17 @@ class TrainingSettings(Spec):
     )
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="decay of an average of the trained weights, which is what is evaluated and kept"
+    )
+    views: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="of each picture where augmentation draws them, which take turns and are kept; null: no end"
+    )
+    cache_ram: Size | None = Field(
+        None, description='for what frozen parts made of each sample: "4GB"; null: half of what is free'
+    )
+    cache_dir: str | None = Field(None, description="folder to keep it in too, past memory and for the next run")
+    cache_disk: Size = Field("50GB", description="the most that this folder may hold")
+    cache_dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="it is kept in; auto: as the model computes it. Features are fp32 always"
     )
     max_bad: Annotated[float, Field(ge=0, le=1)] = Field(0.01, description="share of broken pictures to go on with")
     evaluate_every: Stretch | None = Field(

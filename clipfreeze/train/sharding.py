@@ -42,6 +42,8 @@ def _problems(settings: TrainingSettings, optimizer: Optimizer, accelerator: Any
         yield Problem(f"shard needs torch 2.7, and this is {torch.__version__}", "install a newer torch")
     if settings.batch_size == "auto":
         yield Problem("batch_size auto does not go with shard: it measures a whole model", "give a number")
+    if settings.compile:
+        yield Problem("compile does not go with shard", "leave out one of them")
     if accelerator.scaler is not None:
         yield Problem(
             "fp16 does not go with shard: its loss scaling looks at whole gradients", "precision bf16 or fp32"

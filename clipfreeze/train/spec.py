@@ -70,6 +70,8 @@ def repeatable(spec: RunSpec, parts: Collection[str] = ()) -> RunSpec:
     if spec.val is not None and not is_share(spec.val) and spec.val not in parts:
         sources["val"] = spec.val
     changed: dict[str, Any] = {key: absolute_source(source) for key, source in sources.items() if source is not None}
+    if spec.cache_dir is not None:
+        changed["cache_dir"] = str(Path(spec.cache_dir).absolute())
     if spec.table.image_root is not None:
         changed["table"] = spec.table.model_copy(update={"image_root": str(Path(spec.table.image_root).absolute())})
     if spec.policy not in builtin_policies():

@@ -6,7 +6,7 @@ import logging
 import random
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, ClassVar
 
@@ -169,7 +169,7 @@ class _Reader(IterableDataset[Any]):
         dice = random.Random(f"{self.seed}/{self.epoch}/{step}/{self.rank}")
         samples += [dice.choice(samples) for _ in range(len(pairs) - len(samples))]
         loaded = self.load(list(samples))
-        return loaded if isinstance(loaded, DataError) else Loaded(loaded.batch, tuple(broken))
+        return loaded if isinstance(loaded, DataError) else replace(loaded, broken=tuple(broken))
 
     def _pairs(self, worker: int, workers: int, failed: dict[str, None], left_out: LeftOut) -> Iterator[Pair]:
         """Pairs without end. DataError when a pass over the shards gives none."""

@@ -104,3 +104,34 @@ def test_adafactor_takes_the_lr_of_the_rules(name):
         optimizer.step()
         sizes.append(1 - parameter.detach()[0, 0].item())
     assert sizes[0] == pytest.approx(2 * sizes[1])
+
+
+def stepped(optimizer: Optimizer, weight: torch.Tensor, layout: Any = torch.contiguous_format) -> torch.Tensor:
+    """The weight after three steps, gradients being contiguous."""
+    parameter = nn.Parameter(weight.clone(memory_format=layout))
+    group = {"params": [parameter], "name": "one", "lr": 0.1, "weight_decay": 0.1}
+    made = build_optimizer(optimizer, [group])
+    for step in range(3):
+        parameter.grad = weight.cos() * (step + 1)
+        made.step()
+    return parameter.detach()
+
+
+@pytest.mark.parametrize("options", [{"name": "adamw"}, {"name": "adam", "amsgrad": True}, {"name": "sgd"}])
+def test_a_fused_step_is_the_plain_one_to_rounding_in_any_layout(options):
+    weight = torch.randn(4, 8, 3, 3, generator=torch.Generator().manual_seed(0))
+    plain = stepped(Optimizer(**options, fused=False), weight)
+    assert (plain - weight).abs().max() > 0.01
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.testing.assert_close(stepped(Optimizer(**options), weight, layout), plain)
+
+
+def test_fused_is_the_default_where_it_can_be_and_gives_way():
+    def fused(of: list[dict[str, Any]], **options: Any) -> Any:
+        return build_optimizer(Optimizer(**options), of).param_groups[0].get("fused")
+
+    assert all(fused(groups(), name=name) for name in ("adamw", "Adam", "sgd"))
+    assert not any(fused(groups(), name="adamw", **{other: True}) for other in ("foreach", "capturable"))
+    assert not fused(groups(), name="rmsprop")
+    on_meta = [{**groups()[0], "params": [nn.Parameter(torch.ones(2, 2, device="meta"))]}]
+    assert not fused(on_meta, name="adamw")

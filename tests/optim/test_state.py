@@ -38,7 +38,7 @@ freeze = true
 """
 OPTIMIZERS = {
     "adamw": 'name = "adamw"\n',
-    "fused": 'name = "adamw"\nfused = true\n',
+    "not fused": 'name = "adamw"\nfused = false\n',
     "foreach": 'name = "adamw"\nforeach = true\n',
     "sgd": 'name = "sgd"\nmomentum = 0.9\n',
     "plain sgd": 'name = "sgd"\n',
@@ -187,6 +187,13 @@ def test_tensors_that_are_missing_unknown_or_of_another_shape_are_refused(tmp_pa
     shapes = plain | {"shapes": plain["shapes"] | {"visual.proj": [1, 2]}}
     with pytest.raises(ApplyError, match=r"visual.proj is \(32, 16\) here and was \(1, 2\)"):
         applied.load_optimizer_state(optimizer, OptimizerState(tensors, shapes))
+
+
+def test_how_steps_are_computed_is_not_part_of_the_state(tmp_path):
+    applied, optimizer = one(tmp_path, HEADS)
+    plain, its = one(tmp_path, HEADS, 'adamw"\nfused = false\n#')
+    plain.load_optimizer_state(its, applied.optimizer_state(optimizer))
+    assert [group["fused"] for group in (*optimizer.param_groups, *its.param_groups)] == [True, False]
 
 
 def test_a_state_is_a_copy(tmp_path):

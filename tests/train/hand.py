@@ -93,9 +93,18 @@ class ByHand:
     additions: tuple[Any, ...] = ()
     phase: None = None
 
+    sites: tuple[Any, ...] = ()
+
     def __post_init__(self) -> None:
+        names = [name for name, _ in self.model.named_parameters()]
         self.plan = SimpleNamespace(
-            schedule=Schedule(name="constant", warmup=self.warmup), optimizer=Optimizer(), anchor=Anchor(), sites=()
+            schedule=Schedule(name="constant", warmup=self.warmup),
+            optimizer=Optimizer(),
+            anchor=Anchor(),
+            phases=(),
+            sites=(),
+            parameters=[SimpleNamespace(name=name, dropout=None) for name in names],
+            trains_in=lambda phase: frozenset(self.names or names),
         )
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not self.names or name in self.names)
@@ -114,7 +123,7 @@ class ByHand:
 
     def optimizer(self) -> torch.optim.Optimizer:
         group = {"params": list(self.trainable().values()), "name": "all"}
-        return torch.optim.AdamW([group], lr=self.lr, weight_decay=0.0)
+        return torch.optim.AdamW([group], lr=self.lr, weight_decay=0.0, eps=1e-5)  # rounding is no gradient
 
     def scheduler(self, optimizer: Any, total_steps: int, steps_per_epoch: int | None = None) -> Any:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total_steps)

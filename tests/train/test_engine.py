@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 import clipfreeze
 from clipfreeze.errors import DataError, RunError
 from clipfreeze.train import auto_batch
-from clipfreeze.train.engine import make_accelerator
+from clipfreeze.train.engine import choose_tf32, make_accelerator
 from clipfreeze.train.loop import Callback, Result, Run, fit
 from clipfreeze.train.pairs import Pair, PairSet
 
@@ -265,3 +265,14 @@ def test_a_path_gives_the_part_it_names_for_training(tmp_path: Path) -> None:
     values: dict[str, Any] = {"tokenizer": Words(), "transform": transform(), "epochs": 1, "batch_size": 2}
     result = fit(planned("projections"), tmp_path / "all.csv", {"target": tmp_path / "all.csv"}, **values)
     assert (result.steps, result.after["target"].images) == (5, 6)
+
+
+def test_tf32_is_for_all_but_who_asks_for_fp32() -> None:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        for precision, rounded in (("fp32", False), ("auto", True), ("bf16", True)):
+            choose_tf32(precision)
+            assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == rounded
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

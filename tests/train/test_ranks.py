@@ -112,6 +112,7 @@ def test_a_run_goes_on_split_or_whole(split: Path, begun_by: int) -> None:
         ({"batch_size": "auto"}, {}, "batch_size auto"),
         ({}, {"name": "lamb"}, "the optimizer lamb"),
         ({}, {"fused": True}, "the option fused"),
+        ({"compile": True}, {}, "compile does not go with shard"),
     ],
 )
 def test_what_does_not_go_with_a_split_model_is_refused(

@@ -1,0 +1,92 @@
+"""Every strategy beside its peer: seconds a step, whole runs, memory, and the floor that the arithmetic sets.
+
+    python -m benchmarks                        # ViT-B-32: benchmarks/results/speed.json and the README's table
+    python -m benchmarks --model RN50           # benchmarks/results/speed-RN50.json
+    python -m benchmarks --quick full lora      # fewer and smaller steps of some, printed and not kept
+
+Both sides run in a process each, with as many threads, on the same batches from the same weights, an epoch at a time in
+turns. The first losses must agree. A step is the median over all epochs but the first, loading its pictures included.
+Whole runs of 1 and 3 epochs were run, with what we cache filled on the way; of 10, seven epochs are steady steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cells import STRATEGIES, Cell
+from benchmarks.floor import product_rate
+from benchmarks.machine import device, machine
+from benchmarks.made import MODELS
+from benchmarks.table import compare, table, with_block
+from benchmarks.turns import in_turns, one_epoch
+from clipfreeze.errors import RunError
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+LEFT_OUT = {("ViT-B-16-SigLIP", "prompt")}
+"""A prompt of words needs the model's own tokenizer, which would have to be downloaded."""
+
+
+def measure(cell: Cell) -> dict[str, Any]:
+    """One row. RunError where a side fails or the losses differ."""
+    ours, peer = in_turns(cell)
+    once = one_epoch(cell)
+    tolerance = 1e-4 if device().type == "cpu" else 0.05  # bf16 logits on the peer's side
+    return compare(cell, ours, peer, once, product_rate(), tolerance)
+
+
+def shown(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """What stands in the README."""
+    machine = f"{facts['threads']} threads of {facts['cpu']}" if facts["gpu"] is None else facts["gpu"]
+    where = f"{machine}, torch {facts['torch']}, commit {facts['commit']}"
+    return f"{rows[0]['model']}, batches of {rows[0]['batch_size']}, {where}:\n\n{table(rows)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("strategies", nargs="*", help=f"of {', '.join(STRATEGIES)}; all unless named")
+    parser.add_argument("--model", choices=MODELS, default="ViT-B-32")
+    parser.add_argument("--batch-size", type=int, help="64; 16 of other models, and 8 if quick")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    if unknown := set(options.strategies) - set(STRATEGIES):
+        parser.error(f"no strategy {min(unknown)!r}: {', '.join(STRATEGIES)}")
+    torch.set_num_threads(options.threads)
+    usual = options.model == "ViT-B-32"
+    size = options.batch_size or (8 if options.quick else 64 if usual else 16)
+    facts, rows, failed = machine(), [], []
+    for strategy in options.strategies or STRATEGIES:
+        if (options.model, strategy) in LEFT_OUT:
+            continue
+        cell = Cell(options.model, strategy, size, 2 if options.quick else 3, threads=options.threads)
+        try:
+            rows.append(measure(cell))
+        except RunError as error:
+            failed.append(f"{strategy}: {error}")
+            continue
+        print(table(rows).splitlines()[-1], file=sys.stderr, flush=True)
+        if not options.quick:
+            RESULTS.mkdir(exist_ok=True)
+            path = RESULTS / ("speed.json" if usual else f"speed-{options.model}.json")
+            path.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    if rows:
+        print(shown(facts, rows))
+    for row in rows:
+        if row["ratio"] < row["target"]:
+            print(f"below its target of {row['target']}x: {row['strategy']}", file=sys.stderr)
+    if usual and not options.quick and len(rows) == len(STRATEGIES):
+        page = README.read_text(encoding="utf-8")
+        README.write_text(with_block(page, shown(facts, rows)), encoding="utf-8")
+    if failed:
+        sys.exit("\n".join(failed))
+
+
+if __name__ == "__main__":
+    main()

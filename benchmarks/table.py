@@ -1,0 +1,91 @@
+"""Comparisons as rows of plain data, and as a Markdown table between two marks of a page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.cells import Cell, Side
+from clipfreeze.errors import RunError
+
+RUNS = (1, 3, 10)
+"""Epochs of the whole runs that are compared."""
+
+BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+
+_HEAD = (
+    *("strategy", "peer", "peer s", "ours s", "ratio"),
+    *(f"{n} epoch{'s' if n > 1 else ''}" for n in RUNS),
+    *("peer MB", "ours MB", "floor s", "ours / floor"),
+)
+
+
+def losses_apart(ours: Side, peer: Side, tolerance: float) -> float:
+    """Of the first step, from the same weights and batch. RunError where it is more than `tolerance`."""
+    apart = abs(ours.losses[0] - peer.losses[0])
+    if not apart <= tolerance:
+        raise RunError(f"the first loss is {ours.losses[0]:.6f}, and {peer.losses[0]:.6f} of the peer")
+    return apart
+
+
+def compare(cell: Cell, ours: Side, peer: Side, once: Side, rate: float, tolerance: float) -> dict[str, Any]:
+    """One row. `once` is our run of one epoch, `rate` the machine's FLOP/s. RunError where the first losses differ."""
+    apart = losses_apart(ours, peer, tolerance)
+    floor = ours.flops / rate
+    run_seconds = {n: (once if n == 1 else ours).run(n) for n in RUNS}
+    return {
+        "model": cell.model,
+        "strategy": cell.strategy,
+        "peer": cell.how.peer,
+        "batch_size": cell.batch_size,
+        "steps_per_epoch": cell.batches,
+        "trains": {"ours": ours.trains, "peer": peer.trains},
+        "losses": {"ours": ours.losses, "peer": peer.losses},
+        "first_loss_apart": apart,
+        "step_s": {"ours": ours.step, "peer": peer.step},
+        "ratio": peer.step / ours.step,
+        "target": cell.how.target,
+        "run_s": {n: {"ours": seconds, "peer": peer.run(n)} for n, seconds in run_seconds.items()},
+        "run_ratio": {n: peer.run(n) / seconds for n, seconds in run_seconds.items()},
+        "peak_mb": {"ours": ours.peak_mb, "peer": peer.peak_mb},
+        "imported_mb": {"ours": ours.imported_mb, "peer": peer.imported_mb},
+        "flops": ours.flops,
+        "flop_per_s": rate,
+        "floor_s": floor,
+        "over_floor": ours.step / floor if floor else None,
+        "seconds": {"ours": ours.seconds, "peer": peer.seconds, "ours_one_epoch": once.seconds},
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [_HEAD, ("---",) * len(_HEAD), *map(_cells, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    step, peak, over = row["step_s"], row["peak_mb"], row["over_floor"]
+    return (
+        f"`{row['strategy']}`",
+        row["peer"],
+        f"{step['peer']:.3g}",
+        f"{step['ours']:.3g}",
+        _times(row["ratio"]),
+        *(_times(row["run_ratio"][n]) for n in RUNS),
+        f"{peak['peer']:.0f}",
+        f"{peak['ours']:.0f}",
+        f"{row['floor_s']:.2g}",
+        f"{over:.2f}" if over is not None else "",
+    )
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.0f}x" if ratio >= 20 else f"{ratio:.1f}x" if ratio >= 2 else f"{ratio:.2f}x"
+
+
+def with_block(page: str, text: str) -> str:
+    """A page with `text` between its marks, in place of what stood there. RunError for a page without them."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise RunError(f"the page has no {BEGIN} followed by {END}", "put both where the table belongs")
+    return f"{before}{BEGIN}\n{text.strip()}\n{END}{after}"

@@ -1,0 +1,438 @@
+"""A run's towers, doing only what the policy needs: what is frozen runs once, texts are as long as they are.
+
+A sample's frozen prefix is worked out in batches of one size, filled up where samples are missing: then its numbers do
+not depend on which others it came with, and a run that is resumed has those it would have had.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property, partial
+from hashlib import blake2b
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from clipfreeze.anatomy.pooled import Pooled, pooled_token
+from clipfreeze.changes import Applied
+from clipfreeze.plan.sites import AdapterSite, PromptSite
+from clipfreeze.train.batches import Batch, Draw, Loaded, TrainingSamples
+from clipfreeze.train.dice import dice_on, undrawn
+from clipfreeze.train.identity import picture_name, prefix_name, transform_name
+from clipfreeze.train.kept import Budget, Kept, Memory
+from clipfreeze.train.last_block import at_token
+from clipfreeze.train.objective import Training
+from clipfreeze.train.prefix import FEATURES, Encode, NoCutError, Prefix, find_prefix
+from clipfreeze.train.settings import TrainingSettings, bytes_of
+from clipfreeze.train.store import Store
+from clipfreeze.train.texts import TextTower, length_groups, unique
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+IMAGES_AT_ONCE, TEXTS_AT_ONCE = 64, 16
+"""At most, through a prefix."""
+
+_TOLERANCE = {"no": 1e-4, "fp16": 5e-3, "bf16": 5e-2}
+"""Of a normalised feature's largest difference, between a tower in one piece and in two."""
+
+
+@dataclass
+class Images:
+    """Pictures, or what the frozen prefix made of them: (B, ...); and how they become features."""
+
+    states: Tensor
+    encode: Callable[[Tensor], Tensor]
+
+    def features(self) -> Tensor:
+        """(B, D) normalised, fp32."""
+        return self.encode(self.states)
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, rows: slice) -> Images:
+        return Images(self.states[rows], self.encode)
+
+    def tensor_split(self, count: int) -> list[Images]:
+        """As of a tensor."""
+        return [Images(part, self.encode) for part in self.states.tensor_split(count)]
+
+    def to(self, device: torch.device, **how: Any) -> Images:
+        """They are where they are needed."""
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tower is."""
+        return self.states.device
+
+
+@dataclass
+class Texts:
+    """Texts: ids (B, L) on the CPU, and what the frozen prefix made of each, where there is one."""
+
+    ids: Tensor
+    tower: TextTower
+    device: torch.device
+    once: bool  # whether equal texts have equal features
+    prefix: Prefix | None = None
+    states: Sequence[Tensor] = ()
+
+    def features(self) -> Tensor:
+        """(B, D) normalised, fp32."""
+        first, places = self._unique
+        given = self.ids[first]
+        if self.tower.prompts:  # placeholders take up length while the prompt is on
+            given = self.tower.rewritten(given.to(self.device)).cpu()
+        parts, order = [], []
+        for length, rows in length_groups(self.tower.lengths(given), given.shape[1]):
+            ids = given[rows, :length].to(self.device, non_blocking=True)
+            parts.append(self._encoded(ids, [first[row] for row in rows]))
+            order += rows
+        place = torch.empty(len(order), dtype=torch.long)
+        place[order] = torch.arange(len(order))
+        return torch.cat(parts)[place[places].to(self.device, non_blocking=True)]
+
+    def _encoded(self, ids: Tensor, rows: list[int]) -> Tensor:
+        if self.prefix is None:
+            return self.tower.encode(ids)
+        length, states = ids.shape[1], [self.states[row] for row in rows]
+        if any(len(state) != len(states[0]) for state in states):
+            joined = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)
+        else:
+            joined = torch.stack(list(states))
+        if joined.ndim > 2 and joined.shape[1] < length:
+            joined = torch.nn.functional.pad(joined, (0, 0, 0, length - joined.shape[1]))
+        return self.prefix.go_on(joined.to(self.device, non_blocking=True), ids=ids)
+
+    @cached_property
+    def _unique(self) -> tuple[list[int], list[int]]:
+        return unique(self.ids) if self.once else (list(range(len(self))), list(range(len(self))))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: slice) -> Texts:
+        return Texts(self.ids[rows], self.tower, self.device, self.once, self.prefix, self.states[rows])
+
+    def tensor_split(self, count: int) -> list[Texts]:
+        """As of a tensor."""
+        edges = [0, *(len(part) for part in self.ids.tensor_split(count))]
+        starts = torch.tensor(edges).cumsum(0).tolist()
+        return [self[start:end] for start, end in pairwise(starts)]
+
+    def to(self, device: torch.device, **how: Any) -> Texts:
+        """Groups go there one by one."""
+        return self
+
+
+class Thrift:
+    """What a run's batches become before they go to the training module.
+
+    `pictures` gives one that the loader left out, and its `address` on the shelf; None for a stream, of which nobody
+    knows what comes again. `returns` says whether pictures come again as they were. `shelf` opens what is kept on disk
+    under a name, if anything is.
+    """
+
+    def __init__(
+        self,
+        applied: Applied,
+        module: Training,
+        accelerator: Any,
+        settings: TrainingSettings,
+        pictures: TrainingSamples | None,
+        normalise: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.pictures, self.normalise = pictures, normalise
+        self.applied, self.module, self.accelerator, self.settings = applied, module, accelerator, settings
+        self.text = TextTower(applied.model)
+        self.prefixes: dict[str, Prefix] = {}
+        self.kept: dict[str, Kept] = {}
+        self.names: dict[str, str] = {}  # of what is kept
+        self.pooled: Pooled | None = None  # of the vision tower's last block
+        self.once = True
+        self.notes: list[str] = []
+        self.budget = Budget(memory_budget(settings.cache_ram))
+        self._picture_names: dict[int, bytes] = {}
+        self._prompts: tuple[Tensor, Texts] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the towers are."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    def enter(self, loaded: Loaded) -> None:
+        """A phase begins: find what is frozen now, by the first two samples of a batch."""
+        self._uncut()
+        self._prompts = None
+        examples = {"vision": self._pixels(loaded, range(min(2, loaded.size)))}
+        if "text" in loaded.batch:
+            examples["text"] = loaded.batch["text"][:2].to(self.device)
+        for tower, example in examples.items():
+            encode = self.text.encode if tower == "text" else self._encode_image
+            if len(example) == 1:
+                example = torch.cat([example, example])
+            self._shorten(tower, encode, example)
+            try:
+                with self.accelerator.autocast():
+                    tolerance = _TOLERANCE[self.accelerator.mixed_precision]
+                    self.prefixes[tower] = find_prefix(self.applied, tower, encode, example, tolerance)
+            except NoCutError as reason:
+                self.notes.append(f"{tower} tower: all of it runs in each step: {reason}")
+                continue
+            self._keep(tower)
+        if "text" in examples:
+            self.once = not self._draws(self.text.encode, examples["text"])
+            if self.text.whole:
+                self.notes.append(f"texts run at their full length: {self.text.whole}")
+
+    def close(self) -> None:
+        """Leave the model as it was, and what is on disk to others."""
+        self._uncut()
+        for tower in list(self.kept):
+            self._drop(tower)
+
+    def refresh(self) -> None:
+        """An epoch begins: see what other processes have kept."""
+        for kept in self.kept.values():
+            if kept.store is not None:
+                kept.store.refresh()
+
+    def _uncut(self) -> None:
+        for prefix in self.prefixes.values():
+            prefix.close()
+        self.prefixes = {}
+
+    def knows(self, draw: Draw) -> bool:
+        """Whether the picture need not be loaded."""
+        return "vision" in self.prefixes and "vision" in self.kept and self._image_key(draw) in self.kept["vision"]
+
+    def prepare(self, loaded: Loaded) -> Batch:
+        """The batch as the training module takes it."""
+        batch: dict[str, Any] = {**loaded.batch, "image": self._images(loaded)}
+        if "text" in batch:
+            batch["text"] = self._texts(batch["text"])
+        return batch
+
+    def take_notes(self) -> list[str]:
+        """What the run does once and what in each step, as far as it was not told."""
+        notes, self.notes = self.notes, []
+        return notes
+
+    def take_warnings(self) -> list[str]:
+        """What the user should know of what is kept."""
+        return [note for kept in self.kept.values() for note in kept.take_notes()]
+
+    def _shorten(self, tower: str, encode: Encode, example: Tensor) -> None:
+        """Work out the last block at the pooled token alone, where that changes nothing: no adapter, which may read
+        other tokens, nothing that draws numbers for all of them.
+        """
+        side: Any = self.text if tower == "text" else self
+        side.pooled = None
+        prompted = tower == "vision" and any(isinstance(site, PromptSite) for site in self.applied.sites)
+        if prompted or any(isinstance(site, AdapterSite) for site in self.applied.sites):
+            return
+        pooled = pooled_token(self.applied.model, tower)
+        if pooled is None or self._draws(encode, example):
+            return
+        with torch.no_grad(), self.accelerator.autocast():
+            whole = encode(example)
+            side.pooled = pooled
+            if (encode(example) - whole).abs().max() > _TOLERANCE[self.accelerator.mixed_precision]:
+                side.pooled = None
+
+    def _keep(self, tower: str) -> None:
+        """Where what the prefix makes is kept, if it comes again."""
+        prefix = self.prefixes[tower]
+        done = "its features" if prefix.part == FEATURES else f"all before {prefix.part}"
+        if tower == "vision" and (reason := self._passing()):
+            self.notes.append(f"vision tower: {done} without gradient in each step: {reason}")
+            return
+        dtype = self._dtype(prefix)
+        name = self._name(tower, prefix, dtype)
+        if self.names.get(tower) != name:  # else what was kept in the phase before still holds
+            self._drop(tower)
+            self.names[tower] = name
+            address = self._picture_name if tower == "vision" else _as_it_is
+            self.kept[tower] = Kept(Memory(self.budget), dtype, self._store(tower, name), address)
+        self.notes.append(f"{tower} tower: {done} once a {'picture' if tower == 'vision' else 'caption'}")
+
+    def _passing(self) -> str:
+        """Why pictures do not come again as they were, if so."""
+        if self.pictures is None:
+            return "a stream is not remembered"
+        if self.pictures.random and self.settings.views is None:
+            return "augmentation makes each view a new one (--views K keeps K of each)"
+        if self.settings.epochs <= (self.settings.views or 1 if self.pictures.random else 1):
+            return "each view is seen once"
+        return ""
+
+    def _dtype(self, prefix: Prefix) -> torch.dtype | None:
+        """Features, and what is projected to them, are few numbers, of which each counts."""
+        whole = prefix.part == FEATURES or prefix.at_projection
+        return None if whole or self.settings.cache_dtype == "auto" else _DTYPES[self.settings.cache_dtype]
+
+    def _name(self, tower: str, prefix: Prefix, dtype: torch.dtype | None) -> str:
+        """Of all that the rows depend on beside the sample. Weights are read for it only if somebody will ask."""
+        if self.settings.cache_dir is None and not self.applied.plan.phases:
+            return tower
+        how = (tower, prefix.part, str(dtype), self.accelerator.mixed_precision, self.device.type)
+        return prefix_name(self.applied.model, prefix.before, *how, self._transform if tower == "vision" else None)
+
+    def _store(self, tower: str, name: str) -> Store | None:
+        if self.settings.cache_dir is None:
+            return None
+        if tower == "vision" and self._transform is None:
+            self.notes.append("pictures are kept in memory alone: their transform does not say what it does")
+            return None
+        return Store(Path(self.settings.cache_dir), name, bytes_of(self.settings.cache_disk))
+
+    def _drop(self, tower: str) -> None:
+        if (kept := self.kept.pop(tower, None)) is not None:
+            kept.close()
+
+    @cached_property
+    def _transform(self) -> str | None:
+        assert self.pictures is not None
+        return transform_name(self.pictures.pictures.transform)
+
+    def _picture_name(self, key: Hashable) -> bytes:
+        """Of a view, in every run: the picture's own, and where views differ the dice."""
+        assert self.pictures is not None
+        assert isinstance(key, int)
+        if key not in self._picture_names:
+            view, position = divmod(key, len(self.pictures))
+            name = picture_name(self.pictures.pictures.pairs[position].image)
+            if self.pictures.random:
+                dice = f"{self.settings.seed}/{view}/{position}".encode()
+                name = blake2b(name + dice, digest_size=16).digest()
+            self._picture_names[key] = name
+        return self._picture_names[key]
+
+    def _encode_image(self, pixels: Tensor, normalize: bool = True) -> Tensor:
+        model: Any = self.applied.model
+        with ExitStack() as stack:
+            if self.pooled is not None:
+                stack.enter_context(at_token(model.get_submodule(self.pooled.block), self.pooled.place(pixels)))
+            features: Tensor = model.encode_image(pixels, normalize=normalize)
+        return features.float()
+
+    def _draws(self, encode: Callable[[Tensor], Tensor], example: Tensor) -> bool:
+        """Whether the tower draws random numbers."""
+        with undrawn(self.device), torch.no_grad(), self.accelerator.autocast():
+            before = dice_on(self.device)
+            encode(example)
+            after = dice_on(self.device)
+        return any(
+            one is not None and other is not None and not torch.equal(one, other)
+            for one, other in zip(before, after, strict=True)
+        )
+
+    def _image_key(self, draw: Draw) -> int:
+        assert self.pictures is not None
+        return self.pictures.view(draw) * len(self.pictures) + draw.position
+
+    def _images(self, loaded: Loaded) -> Images:
+        prefix, kept = self.prefixes.get("vision"), self.kept.get("vision")
+        if prefix is None:
+            return Images(self._pixels(loaded, range(loaded.size)), self._encode_image)
+        keys = [None if draw is None else self._image_key(draw) for draw in loaded.draws] if kept else []
+        rows = self._rows(kept, keys or [None] * loaded.size, partial(self._through_vision, prefix, loaded))
+        return Images(torch.stack(rows).to(self.device, non_blocking=True), prefix.go_on)
+
+    def _through_vision(self, prefix: Prefix, loaded: Loaded, missing: Sequence[int]) -> list[Tensor]:
+        whole = loaded.size
+        at_once = math.ceil(whole / math.ceil(whole / min(IMAGES_AT_ONCE, self.settings.micro_batch or whole)))
+        return self._through(prefix, self._pixels(loaded, missing), at_once)
+
+    def _pixels(self, loaded: Loaded, rows: Sequence[int]) -> Tensor:
+        """(rows, 3, H, W) normalised, on the device, of those that the loader left out too."""
+        place = {row: at for at, row in enumerate(loaded.seen)}
+        if all(row in place for row in rows):
+            pixels = loaded.batch["image"]
+            if len(rows) < len(pixels):
+                pixels = pixels[[place[row] for row in rows]]
+        else:
+            pixels = torch.stack([self._picture(loaded, row, place) for row in rows])
+        return self.normalise(pixels.to(self.device, non_blocking=True))
+
+    def _picture(self, loaded: Loaded, row: int, place: Mapping[int, int]) -> Tensor:
+        if row in place:
+            return loaded.batch["image"][place[row]]
+        draw = loaded.draws[row]
+        assert draw is not None
+        assert self.pictures is not None
+        return self.pictures.picture(draw)
+
+    def _texts(self, ids: Tensor) -> Texts:
+        """Prompts of all classes come again as the same tensor."""
+        if self._prompts is not None and self._prompts[0] is ids:
+            return self._prompts[1]
+        prefix = self.prefixes.get("text")
+        texts = Texts(ids, self.text, self.device, self.once, prefix)
+        if prefix is not None:
+            lengths = self.text.lengths(ids)
+            first, places = unique(ids)
+            keys = [blake2b(ids[row, : lengths[row]].numpy().tobytes(), digest_size=16).digest() for row in first]
+            through = partial(self._through_text, prefix, ids[first], [lengths[row] for row in first])
+            rows = self._rows(self.kept["text"], keys, through)
+            texts.states = [rows[place] for place in places]
+        if self.module.reads_classes:
+            self._prompts = ids, texts
+        return texts
+
+    def _through_text(self, prefix: Prefix, ids: Tensor, lengths: list[int], missing: Sequence[int]) -> list[Tensor]:
+        made: dict[int, Tensor] = {}
+        for length, group in length_groups([lengths[row] for row in missing], ids.shape[1], fewest=1):
+            rows = [missing[place] for place in group]
+            states = self._through(prefix, ids[rows, :length].to(self.device), TEXTS_AT_ONCE)
+            for row, state in zip(rows, states, strict=True):
+                of_tokens = state.ndim > 1 and len(state) == length
+                made[row] = state[: lengths[row]] if of_tokens else state
+        return [made[row] for row in missing]
+
+    def _rows(
+        self,
+        kept: Kept | None,
+        keys: Sequence[Hashable | None],
+        make: Callable[[Sequence[int]], list[Tensor]],
+    ) -> list[Tensor]:
+        """What is kept of each, the rest made by `make` and kept."""
+        rows: list[Tensor | None] = kept.fetch(keys) if kept is not None else [None] * len(keys)
+        if missing := [place for place, row in enumerate(rows) if row is None]:
+            made = make(missing)
+            if kept is not None:
+                made = kept.put([keys[place] for place in missing], made)
+            for place, row in zip(missing, made, strict=True):
+                rows[place] = row
+        return [row for row in rows if row is not None]
+
+    def _through(self, prefix: Prefix, given: Tensor, at_once: int) -> list[Tensor]:
+        """What the prefix makes of each, so many at once, the last ones filled up."""
+        count = len(given)
+        if rest := -count % at_once:
+            given = torch.cat([given, given[:1].expand(rest, *given.shape[1:])])
+        with torch.no_grad(), self.accelerator.autocast():
+            made = [row for part in torch.split(given, at_once) for row in prefix.reach(part).unbind()]
+        return made[:count]
+
+
+def _as_it_is(key: Hashable) -> bytes:
+    assert isinstance(key, bytes)
+    return key
+
+
+def memory_budget(said: str | None) -> int:
+    """Bytes; half of what is free unless said, the ranks of a machine together."""
+    if said is not None:
+        return bytes_of(said)
+    return int(psutil.virtual_memory().available // 2 // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

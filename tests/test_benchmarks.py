@@ -1,0 +1,72 @@
+"""The benchmarks measure what they say: peers compute the same loss, rows tell it, the README's block is whole."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.cells import STRATEGIES, Cell, Side
+from benchmarks.ours import ours
+from benchmarks.peers import peer
+from benchmarks.table import BEGIN, END, compare, losses_apart, table, with_block
+from clipfreeze.errors import RunError
+
+TINY = {"model": "tiny", "batch_size": 4, "threads": 1}
+
+
+def at_once():
+    """Nobody to wait for."""
+
+
+ONE_OF_EACH_PEER = {how.peer: strategy for strategy, how in STRATEGIES.items()}
+
+
+@pytest.mark.parametrize("strategy", ONE_OF_EACH_PEER.values())
+def test_the_peer_of_a_strategy_starts_from_the_same_loss(strategy):
+    if strategy == "lora":
+        pytest.importorskip("peft")
+    cell = Cell(**TINY, strategy=strategy, batches=1, epochs=1)
+    first, second = ours(cell, at_once, counted=False), peer(cell, at_once)
+    assert losses_apart(first, second, 1e-5) < abs(first.losses[0] - 1.4)  # which features that say nothing come to
+    assert first.trains == second.trains or strategy == "lora"  # PEFT's A is of q, k and v together
+
+
+def test_a_row_has_steps_runs_memory_and_floor():
+    cell = Cell(**TINY, strategy="projections", batches=2, epochs=2)
+    turns = []
+    first, second = ours(cell, lambda: turns.append("ours")), peer(cell, lambda: turns.append("peer"))
+    assert turns == ["ours"] * 3 + ["peer"] * 2  # one epoch more, in which operations are counted
+    assert [len(epoch) for epoch in first.seconds] == [len(epoch) for epoch in second.seconds] == [2, 2]
+    row = compare(cell, first, second, first, rate=1e12, tolerance=1e-5)
+    assert row["floor_s"] > 0
+    assert row["peak_mb"]["peer"] >= row["imported_mb"]["peer"] > 0
+    assert table([row]).count("\n") == 2
+
+
+def test_a_run_is_what_was_measured_and_steady_steps_for_the_rest():
+    side = Side([[5.0, 3.0], [1.0, 2.0], [2.0, 9.0]], [0.0], 1, 1.0, 1.0)
+    assert side.step == 2
+    assert [side.run(n) for n in (1, 3, 4)] == [8, 22, 26]
+    assert Side([[5.0]], [0.0], 1, 1.0, 1.0).run(1) == 5
+
+
+def test_losses_that_differ_make_no_row():
+    one, other = (Side([[1.0]], [loss], 1, 1.0, 1.0) for loss in (1.0, 1.001))
+    with pytest.raises(RunError, match="the first loss"):
+        losses_apart(one, other, 1e-4)
+    with pytest.raises(RunError, match="the first loss"):
+        losses_apart(one, Side([[1.0]], [float("nan")], 1, 1.0, 1.0), 1e-4)
+
+
+PROSE = st.text(st.characters(exclude_characters="<"), max_size=20)
+
+
+@given(before=PROSE, old=PROSE, after=PROSE, new=PROSE)
+def test_the_block_of_a_page_is_replaced_and_nothing_else(before, old, after, new):
+    written = with_block(f"{before}{BEGIN}{old}{END}{after}", new)
+    assert written == f"{before}{BEGIN}\n{new.strip()}\n{END}{after}"
+    assert with_block(written, new) == written
+
+
+def test_a_page_without_marks_is_an_error():
+    with pytest.raises(RunError, match="has no"):
+        with_block(f"{END} {BEGIN}", "table")

@@ -1,0 +1,114 @@
+"""Law 8: what is frozen runs once, texts are cut and equal ones encoded once, and neither loss nor gradients change."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from clipfreeze.changes import Applied, apply
+from clipfreeze.plan.build import resolve
+from clipfreeze.policy.loading import load_policy
+from clipfreeze.train.batches import Draw, Loaded
+from clipfreeze.train.engine import make_accelerator
+from clipfreeze.train.objective import training_module
+from clipfreeze.train.settings import training_settings
+from clipfreeze.train.thrift import Thrift
+
+import tiny
+
+STRATEGIES = (
+    *("full", "text_only", "vision_only", "projections", "last_n", "prompt", "lora", "adapter", "differential"),
+    *("logit_scale", "norm_bias", "lora_prompt", "head", "first_n"),
+)
+SIZE = 6
+
+
+def applied_to(family: str, policy: str, **knobs: object) -> Applied:
+    torch.manual_seed(0)
+    model = tiny.FAMILIES[family]()
+    if policy == "last_n":
+        knobs = {"n": 1, **knobs}
+    if policy == "head":
+        knobs = {"classes": str(Path(__file__).parent / "three_classes.txt"), **knobs}
+    plan = resolve(load_policy(policy, **{**tiny.KNOBS.get(policy, {}), **knobs}), model)
+    applied = apply(plan, model)
+    for parameter in applied.trainable().values():  # what is added starts as nothing
+        if not parameter.detach().any():
+            nn.init.normal_(parameter, std=0.1)
+    return applied
+
+
+def batch_of(applied: Applied) -> dict[str, torch.Tensor]:
+    """Six pairs, of which two say the same."""
+    module = training_module(applied)
+    batch = {"image": tiny.images(applied.model, SIZE)}
+    if module.reads_texts:
+        text = tiny.tokens(applied.model, SIZE)
+        text[3] = text[0]
+        batch |= {"text": text, "concepts": torch.tensor([0, 1, 2, 0, 4, 5])}
+    if module.reads_labels:
+        batch["label"] = torch.arange(SIZE) % 3
+    return batch
+
+
+def loaded_of(batch, seen=range(SIZE)) -> Loaded:
+    left = {name: value for name, value in batch.items() if name != "image"}
+    if len(seen):
+        left["image"] = batch["image"][list(seen)]
+    return Loaded(left, (), tuple(Draw(0, row) for row in range(SIZE)), tuple(seen))
+
+
+class Still:
+    """Pictures that never change."""
+
+    random = False
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def view(self, draw: Draw) -> int:
+        return 0
+
+    def picture(self, draw: Draw) -> torch.Tensor:
+        return self.images[draw.position]
+
+
+def thrifty(applied: Applied, batch, **settings) -> Thrift:
+    wanted = training_settings(epochs=3, **settings)
+    pictures = Still(batch["image"])
+    module = training_module(applied).eval()
+    return Thrift(applied, module, make_accelerator("fp32"), wanted, pictures, lambda images: images)
+
+
+def learnt(applied: Applied, module, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    module.zero_grad()
+    loss = module(**batch)
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in applied.training().items() if p.grad is not None}
+
+
+def assert_equal(found, expected) -> None:
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+    assert found[1].keys() == expected[1].keys()
+    largest = max(gradient.abs().max() for gradient in expected[1].values())
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=float(largest) * 2e-5, msg=name)
+
+
+@pytest.mark.parametrize("policy", STRATEGIES)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_loss_and_gradients_are_those_of_the_plain_forward(family, policy):
+    applied = applied_to(family, policy)
+    batch = batch_of(applied)
+    thrift = thrifty(applied, batch)
+    plain = learnt(applied, thrift.module, batch)
+    loaded = loaded_of(batch)
+    thrift.enter(loaded)
+    for pictures in (loaded, loaded_of(batch, seen=()), loaded_of(batch, seen=(0, 4))):
+        assert_equal(learnt(applied, thrift.module, thrift.prepare(pictures)), plain)
+    thrift.close()
+    assert_equal(learnt(applied, thrift.module, batch), plain)
