@@ -16,7 +16,7 @@ IMPORT = [sys.executable, "-c", "import open_clip"]
 BARE = [sys.executable, "-c", "pass"]
 CLI = [sys.executable, "-m", "clipfreeze.cli.app"]
 COMMANDS = {
-    "apply last_n --dry-run": (IMPORT, "import open_clip", "within 1.5 times"),
+    "apply last_n --dry-run": (IMPORT, "import open_clip", "within 1.3 times"),
     "roles ViT-B-32": (IMPORT, "import open_clip", ""),
     "--help": (BARE, "python -c pass", "under 0.3 s"),
     "list": (BARE, "python -c pass", "under 0.3 s"),

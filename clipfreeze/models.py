@@ -8,8 +8,9 @@ import os
 import pickle
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,22 @@ from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed,
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from clipfreeze import demo
 from clipfreeze.errors import ModelError, did_you_mean
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put before every name of a state dict."""
+
+
+_NUMPY = (".npz", ".npy")
+
+_DRAWN = (
+    *(Tensor.normal_, Tensor.uniform_, Tensor.erfinv_),
+    *(nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_),
+)
+"""What gives a tensor random values; the last ones are asked whole, before they come to the first."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +131,8 @@ def load(text: str, pretrained: str | None = None, *, precision: str = "fp32", d
     file = _file_beside_config(place) if schema == "local-dir" and not pretrained else _file_asked_for(name, pretrained)
     tag = pretrained if file is None else None
     by_open_clip = file is None and schema != "local-dir"
-    with warnings.catch_warnings(record=True) as caught:
+    filled = file is not None and file.suffix not in _NUMPY  # strictly, by all that the model holds
+    with warnings.catch_warnings(record=True) as caught, _Undrawn() if filled else nullcontext():
         warnings.simplefilter("always")
         model, train_transform, transform = _create(name, name, tag, precision, device, load_weights=by_open_clip)
     notes = list(_activation_notes(name, caught))
@@ -149,7 +161,7 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     Takes what open_clip takes (its own and other published layouts, position embeddings of another image size), and
     files saved from wrapped models. Raises ModelError, with the model as it was, when the file does not fit.
     """
-    if Path(path).suffix in (".npz", ".npy"):
+    if Path(path).suffix in _NUMPY:
         open_clip.load_checkpoint(model, str(path))  # big_vision's SigLIP weights
         return []
     state, own, notes = _bare_names(_read_state(path)), model.state_dict(), []
@@ -263,7 +275,8 @@ def _read_state(path: str | Path) -> dict[str, Tensor]:
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        mapped = zipfile.is_zipfile(path)  # as torch has saved since 1.6: pages of the file, not a second copy
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be read as a checkpoint of plain tensors: {_first_line(error)}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else None
@@ -306,6 +319,16 @@ def _no_network(what: str, error: Exception) -> ModelError:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+class _Undrawn(TorchFunctionMode):
+    """Random start values are not drawn: most of the time that it takes to build a model whose weights lie at hand."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DRAWN:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 @contextmanager

@@ -5,7 +5,9 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
+from clipfreeze import models
 from clipfreeze.errors import ModelError
 from clipfreeze.models import build_on_meta, canonical_name, load, load_weights, model_names
 
@@ -275,3 +277,15 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, model, name, content)
 def test_a_file_of_something_else_is_refused(tmp_path, model):
     torch.save([1, 2, 3], tmp_path / "a.pt")
     assert "holds no state dict" in refusal(load_weights, model, tmp_path / "a.pt").what
+
+
+def test_what_a_file_will_fill_is_not_drawn_first():
+    before = torch.random.get_rng_state()
+    with models._Undrawn():
+        layers = [nn.Linear(3, 3), nn.Conv2d(3, 3, 1), nn.Embedding(3, 3), nn.MultiheadAttention(4, 2)]
+        nn.init.trunc_normal_(layers[0].weight)
+        nn.init.normal_(layers[1].weight)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert layers[3].in_proj_bias.eq(0).all()  # constants stand: buffers may be such
+    nn.Linear(3, 3)
+    assert not torch.equal(torch.random.get_rng_state(), before)

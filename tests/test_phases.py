@@ -172,8 +172,7 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("warm_start", [0, 2, 4])
-@pytest.mark.parametrize("warmup", [0, 2])
+@pytest.mark.parametrize(("warmup", "warm_start"), [(0, 0), (2, 0), (0, 2), (2, 4)])
 @pytest.mark.parametrize("other", SCHEDULES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_b29_the_lr_of_each_group_at_each_step_is_the_plan_s_times_the_schedule(

@@ -62,16 +62,16 @@ class ClosedForm(Engine):
         makes them ready for the encoders.
         """
         kept: dict[str, list[Tensor]] = {}
-        prompts: dict[int, Tensor] = {}  # features of the class prompts that came up, each encoded once
+        prompts: dict[int, tuple[Tensor, Tensor]] = {}  # class prompts that came up, with their features
         broken: list[str] = []
         waited = 0.0
         for loaded, seconds in batches:
             batch = self._here(ready(loaded))
             image, text = batch.pop("image"), batch.pop("text")
-            key = id(loaded.batch["text"])
-            texts = prompts[key] if key in prompts else self._features(text, True)
+            asked = loaded.batch["text"]
+            _, texts = prompts.get(id(asked)) or (asked, self._features(text, True))
             if self.module.reads_classes:
-                prompts[key] = texts
+                prompts[id(asked)] = (asked, texts)  # held, so that no other comes by its id
             for name, value in products_of(self.module, self._features(image, False), texts, **batch).items():
                 kept.setdefault(name, []).append(value)
             broken += loaded.broken
