@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from clipfreeze.cli.common import Format, FormatOption, SetOption, anatomy_of, knob_settings, plan_for, print_json
 from clipfreeze.errors import ClipfreezeError, PolicyError, Problem
-from clipfreeze.policy.loading import Policy, builtin_policies, load_policy
-from clipfreeze.policy.schema import SCHEDULES
+
+if TYPE_CHECKING:
+    from clipfreeze.policy.loading import Policy
 
 
 def run(
@@ -21,6 +22,8 @@ def run(
     format: FormatOption = Format.table,  # noqa: A002 - the option's name
 ) -> None:
     """Check policies, all problems at once; with --model also against a model."""
+    from clipfreeze.policy.loading import load_policy
+
     knobs = knob_settings(settings)
     anatomy = anatomy_of(model) if model else None
     problems: list[Problem] = []
@@ -53,6 +56,8 @@ def _check_without_model(policy: Policy) -> None:
     built-in policy has the same.
     """
     from clipfreeze.plan.match import pattern_problems
+    from clipfreeze.policy.loading import builtin_policies, load_policy
+    from clipfreeze.policy.schema import SCHEDULES
 
     def sections(of: Policy) -> tuple[object, ...]:
         own = [

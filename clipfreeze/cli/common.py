@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clipfreeze.errors import ClipfreezeError, DataError, PolicyError, Problem
-from clipfreeze.policy.knobs import KnobValue, parse_value
 
 if TYPE_CHECKING:
     from clipfreeze.anatomy.parts import Anatomy
     from clipfreeze.plan.value import Plan
+    from clipfreeze.policy.knobs import KnobValue
     from clipfreeze.policy.loading import Policy
 
 PREVIEW_MODEL = "ViT-B-32"
@@ -43,6 +43,8 @@ FormatOption = Annotated[Format, typer.Option("--format", help="how to print")]
 
 def knob_settings(settings: Iterable[str]) -> dict[str, KnobValue]:
     """`--set` options as knobs; a value is read as TOML, else as text."""
+    from clipfreeze.policy.knobs import parse_value
+
     knobs: dict[str, KnobValue] = {}
     problems = []
     for setting in settings:

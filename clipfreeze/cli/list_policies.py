@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from clipfreeze.cli.common import Format, FormatOption, print_json
-from clipfreeze.policy.loading import builtin_policies, load_policy
 
 
 def run(format: FormatOption = Format.table) -> None:  # noqa: A002 - the option's name
     """List the built-in policies."""
+    from clipfreeze.policy.loading import builtin_policies, load_policy
+
     policies = [load_policy(name) for name in builtin_policies()]
     if format is Format.json:
         print_json([{"name": p.name, "summary": p.summary, "params": dict(p.params)} for p in policies])

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from clipfreeze.cli.common import print_json
-from clipfreeze.policy.schema import policy_schema
 
 
 class Subject(str, Enum):
@@ -21,6 +20,8 @@ class Subject(str, Enum):
 def run(subject: Annotated[Subject, typer.Argument(help="of what")] = Subject.policy) -> None:
     """Print the JSON schema of policy files (for editors), or of plans."""
     if subject is Subject.policy:
+        from clipfreeze.policy.schema import policy_schema
+
         print_json(policy_schema())
         return
     from clipfreeze.plan.value import Plan

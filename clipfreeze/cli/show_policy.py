@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from clipfreeze.cli.common import Format, FormatOption, PolicyArgument, print_json
-from clipfreeze.policy.knobs import as_text
-from clipfreeze.policy.loading import load_policy, policy_text
 
 
 def run(policy: PolicyArgument, format: FormatOption = Format.table) -> None:  # noqa: A002 - the option's name
     """Print a policy's file and its knobs."""
     from clipfreeze.plan.tables import grid
+    from clipfreeze.policy.knobs import as_text
+    from clipfreeze.policy.loading import load_policy, policy_text
 
     loaded = load_policy(policy)
     knobs = {

@@ -50,6 +50,7 @@ def plan_table(plan: Plan) -> str:
         f"schedule {plan.schedule.name}, warmup {_stretch(plan.schedule.warmup)}{_options(plan.schedule.options)}",
         *_anchor(plan),
         "backward   " + "; ".join(_frontier(tower, part) for tower, part in plan.frontier.items()),
+        "once       " + "; ".join(_once(tower, part) for tower, part in plan.frontier.items()),
         f"memory     weights {_megabytes(plan.estimate.weights)}, gradients {_megabytes(plan.estimate.gradients)}, "
         f"optimizer {_megabytes(plan.estimate.optimizer)}",
         *(f"warning: {warning}" for warning in plan.warnings),
@@ -324,6 +325,13 @@ def _frontier(tower: str, part: str | None) -> str:
     if part is None:
         return f"never enters the {tower} tower"
     return f"stops at {part}" if not part.endswith(".embed") else f"crosses the whole {tower} tower"
+
+
+def _once(tower: str, part: str | None) -> str:
+    """What our trainer runs once a sample: docs/speed.md."""
+    if part is None:
+        return f"all of the {tower} tower"
+    return f"what stands before {part}" if not part.endswith(".embed") else f"nothing of the {tower} tower"
 
 
 def _megabytes(count: int | None) -> str:
