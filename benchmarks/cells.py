@@ -31,17 +31,17 @@ class Strategy:
 
 
 STRATEGIES = {
-    "full": Strategy("open_clip", 1.3),
-    "text_only": Strategy("open_clip --lock-image", 2),
-    "vision_only": Strategy("open_clip --lock-text", 2),
+    "logit_scale": Strategy("open_clip", 100),
     "projections": Strategy("open_clip", 100),
     "last_n": Strategy("open_clip", 5),
     "prompt": Strategy("CoOp", 10, objective="classes"),
+    "text_only": Strategy("open_clip --lock-image", 2),
+    "vision_only": Strategy("open_clip --lock-text", 2),
     # PEFT takes q, k, v and out of an attention or none of them, and has no dropout there.
     "lora": Strategy("PEFT", 1.5, {"targets": "q,k,v,out", "dropout": 0.0}),
-    "adapter": Strategy("open_clip, adapters in", 1),
+    "full": Strategy("open_clip", 1.3),
     "differential": Strategy("open_clip", 1.3),
-    "logit_scale": Strategy("open_clip", 100),
+    "adapter": Strategy("open_clip, adapters in", 1),
 }
 
 

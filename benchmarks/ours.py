@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
 
-def ours(cell: Cell, gate: Gate, counted: bool = True) -> Side:
-    """Train as the cell says, and if `counted` an epoch more, in which operations are counted and not seconds."""
+def ours(cell: Cell, gate: Gate) -> Side:
+    """Train as the cell says, and a step more, in which operations are counted and not seconds."""
     torch.set_num_threads(cell.threads)
     imported = peak_mb()
     model = made.build(cell.model).to(device())
@@ -35,13 +35,13 @@ def ours(cell: Cell, gate: Gate, counted: bool = True) -> Side:
             tokenizer=words,
             transform=transform,
             batch_size=cell.batch_size,
-            epochs=cell.epochs + counted,
+            epochs=cell.epochs + 1,
             objective=cell.how.objective,
             num_workers=0,
             callbacks=[watch],
             **cell.settings,
         )
-    flops = watch.counter.get_total_flops() / cell.batches if watch.counter else 0.0
+    flops = watch.counter.get_total_flops() if watch.counter else 0.0
     trains = applied.plan.totals.trainable
     return Side(watch.clock.seconds[: cell.epochs], watch.losses, trains, imported, watch.peak_mb, flops)
 
@@ -57,6 +57,9 @@ class _Watch(Callback):
         self.peak_mb = 0.0
 
     def on_step(self, run: Run, record: Mapping[str, Any]) -> None:
+        if self.counter is not None:
+            run.stop("all is counted")
+            return
         self.clock.step()
         self.losses.append(record["loss"])
         if run.step % self.cell.batches:

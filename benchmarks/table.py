@@ -27,11 +27,11 @@ def losses_apart(ours: Side, peer: Side, tolerance: float) -> float:
     return apart
 
 
-def compare(cell: Cell, ours: Side, peer: Side, once: Side, rate: float, tolerance: float) -> dict[str, Any]:
-    """One row. `once` is our run of one epoch, `rate` the machine's FLOP/s. RunError where the first losses differ."""
+def compare(cell: Cell, ours: Side, peer: Side, rate: float, tolerance: float) -> dict[str, Any]:
+    """One row. `rate` is the machine's, FLOP/s. RunError where the first losses differ."""
     apart = losses_apart(ours, peer, tolerance)
     floor = ours.flops / rate
-    run_seconds = {n: (once if n == 1 else ours).run(n) for n in RUNS}
+    run_seconds = {n: ours.run(n) for n in RUNS}
     return {
         "model": cell.model,
         "strategy": cell.strategy,
@@ -52,7 +52,7 @@ def compare(cell: Cell, ours: Side, peer: Side, once: Side, rate: float, toleran
         "flop_per_s": rate,
         "floor_s": floor,
         "over_floor": ours.step / floor if floor else None,
-        "seconds": {"ours": ours.seconds, "peer": peer.seconds, "ours_one_epoch": once.seconds},
+        "seconds": {"ours": ours.seconds, "peer": peer.seconds},
     }
 
 

@@ -7,7 +7,6 @@ import os
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -28,15 +27,6 @@ def in_turns(cell: Cell) -> tuple[Side, Side]:
         assert first is not None
         assert second is not None
         return first, second
-
-
-def one_epoch(cell: Cell) -> Side:
-    """Ours, told that the run has one epoch: nothing is read twice, and it may do other things than in a longer one."""
-    with ExitStack() as ending:
-        side = _Started(_ours_uncounted, replace(cell, epochs=1), ending)
-        while side.result is None:
-            side.take_turn()
-        return side.result
 
 
 class _Started:
@@ -88,12 +78,6 @@ def _ours(cell: Cell, gate: Gate) -> Side:
     from benchmarks.ours import ours  # each process has imported its own side alone when its memory is looked at
 
     return ours(cell, gate)
-
-
-def _ours_uncounted(cell: Cell, gate: Gate) -> Side:
-    from benchmarks.ours import ours
-
-    return ours(cell, gate, counted=False)
 
 
 def _peer(cell: Cell, gate: Gate) -> Side:

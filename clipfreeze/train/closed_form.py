@@ -78,7 +78,7 @@ class ClosedForm(Engine):
             waited += seconds
         yield Loaded({name: torch.cat(kept.pop(name)) for name in list(kept)}, tuple(broken)), waited
 
-    def update(self, batch: Batch, step: int, flags: Callable[[], list[float]]) -> Step:
+    def update(self, batch: Batch, step: int, flags: Callable[[], list[float]], late: bool = False) -> Step:
         """Go to the minimum; the loss is the one there. RunError where it is no finite number."""
         optimizer = self.optimizer.optimizer  # without accelerate's, which may scale the loss
         bounds = {planned.name: planned.clamp for planned in self.applied.plan.trainable if planned.clamp}

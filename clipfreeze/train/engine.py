@@ -21,6 +21,7 @@ from clipfreeze.train.accumulate import backward_in_chunks
 from clipfreeze.train.batches import Batch
 from clipfreeze.train.dice import undrawn
 from clipfreeze.train.distributed import summed, world_size
+from clipfreeze.train.later import Later
 from clipfreeze.train.objective import Anchored, Training
 from clipfreeze.train.settings import TrainingSettings
 from clipfreeze.train.sharding import average_gradients, clip_gradients
@@ -59,8 +60,13 @@ def choose_tf32(precision: str) -> None:
 class Step:
     """What one step came to, on all ranks together."""
 
-    loss: float
+    told: float | Later
     flags: list[float]  # summed
+
+    @property
+    def loss(self) -> float:
+        """The device is waited for where it is not there yet."""
+        return self.told.read() if isinstance(self.told, Later) else self.told
 
 
 @dataclass
@@ -106,9 +112,10 @@ class Engine:
             self.module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
         )
 
-    def update(self, batch: Batch, step: int, flags: Callable[[], list[float]]) -> Step:
+    def update(self, batch: Batch, step: int, flags: Callable[[], list[float]], late: bool = False) -> Step:
         """Take step number `step`, from 1, and tell all ranks the `flags` of each. RunError where loss or the first
-        gradients are not finite numbers.
+        gradients are not finite numbers; of a `late` one, alone on its device and not the first, the loss is not looked
+        at here.
         """
         batch = self._here(batch)
         size = self.settings.micro_batch
@@ -125,9 +132,12 @@ class Engine:
             self.accelerator.backward(loss)
         if self.settings.shard:
             average_gradients(self.training.values())
-        total, *told = summed([loss.item(), *flags()], loss.device)
-        taken = Step(total / world_size(), told)
-        self._check_loss(taken.loss, step)
+        if late:
+            taken = Step(Later(loss), flags())
+        else:
+            total, *told = summed([loss.item(), *flags()], loss.device)
+            taken = Step(total / world_size(), told)
+            self.check_loss(taken.loss, step)
         if self.unproved and math.isfinite(taken.loss):
             self.notes += gradient_notes(self.applied, scaled=self.accelerator.scaler is not None)
             self.unproved = False
@@ -138,7 +148,7 @@ class Engine:
             self.accelerator.clip_grad_norm_(self.training.values(), self.settings.clip_grad)
         scale = self._loss_scale()
         self.optimizer.step()
-        self._count_skipped(scale, taken.loss, step)
+        self._count_skipped(scale, taken, step)
         self.scheduler.step()
         self.optimizer.zero_grad()
         return taken
@@ -168,21 +178,22 @@ class Engine:
         self.optimizer.zero_grad()
         return reached
 
-    def _check_loss(self, loss: float, step: int) -> None:
+    def check_loss(self, loss: float, step: int) -> None:
+        """RunError where it is no finite number, unless the loss is scaled: the scaler looks to that."""
         if not math.isfinite(loss) and self.accelerator.scaler is None:
             self._give_up(loss, step)
 
     def _loss_scale(self) -> float:
         return 1.0 if self.accelerator.scaler is None else float(self.accelerator.scaler.get_scale())
 
-    def _count_skipped(self, scale: float, loss: float, step: int) -> None:
+    def _count_skipped(self, scale: float, taken: Step, step: int) -> None:
         """A scaler that finds gradients not finite leaves the step out and scales less; not for ever.
 
         A fused optimizer leaves it out by itself, when called: accelerate's `step_was_skipped` would say no.
         """
         self.skipped = self.skipped + 1 if self._loss_scale() < scale else 0
         if self.skipped >= _MOST_SKIPPED:
-            self._give_up(loss, step)
+            self._give_up(taken.loss, step)
 
     def _give_up(self, loss: float, step: int) -> NoReturn:
         rates = ", ".join(f"{group['name']} {group['lr']:g}" for group in self.optimizer.param_groups)

@@ -37,7 +37,7 @@ from clipfreeze.train.dice import Dice, dice_on, throw_again, undrawn
 from clipfreeze.train.digest import digest_of
 from clipfreeze.train.distributed import everyones, rank, wait_for_all, world_size
 from clipfreeze.train.ema import Average
-from clipfreeze.train.engine import Engine, make_accelerator
+from clipfreeze.train.engine import Engine, Step, make_accelerator
 from clipfreeze.train.evaluate import Encoder, Metrics, Score
 from clipfreeze.train.folder import CHECKPOINTS, METRICS, RESULTS, check_room, write_text
 from clipfreeze.train.journal import Journal, check_trackers, cut_metrics, memory_mb, start_trackers
@@ -323,6 +323,7 @@ class Run:
                 self._take(loaded, epoch, waited, since)
                 since = time.monotonic()
                 if self.reason is not None:
+                    self._read()
                     self._tell([f"ended after step {self.step} of {self.total_steps}: {self.reason}"])
                     return
 
@@ -339,39 +340,45 @@ class Run:
         """One step, of which the first thing was done at the time `since`, and what is due after it."""
         batch = loaded.batch if isinstance(self.engine, ClosedForm) else self._ready(loaded)
         lr = {str(group["name"]): float(group["lr"]) for group in self.optimizer.param_groups}
-        taken = self.engine.update(batch, self.step + 1, lambda: [*self._asked_to_end(), float(bool(loaded.broken))])
+        late = self._may_read_late()
+        taken = self.engine.update(
+            batch, self.step + 1, lambda: [*self._asked_to_end(), float(bool(loaded.broken))], late
+        )
         self.step += 1
-        self.losses.append(taken.loss)
         if self.average is not None:
             self.average.update()
+        self._read()
         seconds = time.monotonic() - since
         self.waited += waited
         record = {
             "step": self.step,
             "epoch": epoch + 1,
-            "loss": taken.loss,
+            "loss": math.nan,
             "lr": lr,
             "samples_per_s": round(self.pairs_per_step / seconds, 2),
             "data_wait": round(waited / seconds, 4),
             "memory_mb": round(memory_mb(self.accelerator.device), 1),
         }
-        self.journal.step(record)
+        self._unread = taken, record
+        if not late:
+            self._read()
         self._tell(self.engine.take_notes())
         stop, finish, broken = taken.flags
         if broken:
             self._count(loaded)
-        if self._due(self.settings.evaluates):
+        if self._due(self.settings.evaluates, self.step):
             self._evaluate()
         if self.step % self.steps_per_epoch == 0:
             self.journal.epoch(record)
             self.engine.check_weights(self.step)
-        if self._due(self.settings.save_every):
+        if self._due(self.settings.save_every, self.step):
             self._save()
         for callback in self.callbacks:
             callback.on_step(self, record)
         if world_size() == 1:
             stop, finish = self._asked_to_end()
         if stop and self.reason is None and self.step < self.total_steps:
+            self._read()
             self._save()
             signal = self.stopping.asked or "a signal to another rank"
             done = f"stopped by {signal} after step {self.step} of {self.total_steps}"
@@ -379,16 +386,41 @@ class Run:
         if finish:
             self.reason = self.reason or self._asked or "rank 0 asked for it"
 
+    _unread: tuple[Step, dict[str, Any]] | None = None
+
+    def _read(self) -> None:
+        """Write down the last step that was not yet, its loss having been worked out in the meantime."""
+        if self._unread is None:
+            return
+        (taken, record), self._unread = self._unread, None
+        record["loss"] = taken.loss
+        self.engine.check_loss(taken.loss, record["step"])
+        self.losses.append(taken.loss)
+        self.journal.step(record)
+
+    def _may_read_late(self) -> bool:
+        """Whether the next step's loss may wait until one more is launched, so that a GPU never waits for this process:
+        nobody asks for it.
+        """
+        step = self.step + 1
+        due = step % self.steps_per_epoch == 0 or any(
+            self._due(stretch, step) for stretch in (self.settings.evaluates, self.settings.save_every)
+        )
+        asked = due or self.callbacks or self.engine.unproved or self.accelerator.scaler is not None
+        return self.accelerator.device.type in self.late_devices and world_size() == 1 and not asked
+
+    late_devices = ("cuda",)
+
     def _asked_to_end(self) -> tuple[float, float]:
         """1 for a signal; 1 for a callback's wish."""
         return float(self.stopping.asked is not None), float(self._asked is not None)
 
-    def _due(self, stretch: str | None) -> bool:
-        """Whether something done every `stretch` is due now; at the last step it always is."""
+    def _due(self, stretch: str | None, step: int) -> bool:
+        """Whether something done every `stretch` is due after that step; after the last one it always is."""
         if stretch is None:
             return False
         every = max(1, parse_span(stretch).steps(self.total_steps, self.steps_per_epoch))
-        return self.step % every == 0 or self.step == self.total_steps
+        return step % every == 0 or step == self.total_steps
 
     def _ready(self, loaded: Loaded) -> Batch:
         """The batch as the engine takes it. Where the schedule has begun a phase, other parameters train, other parts

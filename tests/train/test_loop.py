@@ -198,3 +198,25 @@ def test_no_epochs_and_no_room_are_input_errors(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(DataError, match="no room for the run"):
         run(ByHand(model()), folder=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_losses_that_are_read_a_step_late_are_those_read_at_once(tmp_path, monkeypatch) -> None:
+    def lines(folder: Path, **settings: Any) -> list[dict[str, Any]]:
+        run(ByHand(model(), NAMES), colour_pairs(2), epochs=2, folder=folder, save_every="3 steps", **settings)
+        told = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [{name: line[name] for name in ("step", "epoch", "loss", "lr")} for line in told]
+
+    at_once = lines(tmp_path / "at once")
+    monkeypatch.setattr(Run, "late_devices", ("cpu",))
+    late: list[int] = []
+    read = Run._read
+    monkeypatch.setattr(Run, "_read", lambda self: (late.append(self.step - self._unread[1]["step"]) if self._unread else None, read(self)))  # fmt: skip  # noqa: E501
+    assert lines(tmp_path / "late") == at_once
+    assert late == [0, 1, 0, 0, 1, 0, 1, 0]  # the first, those before a checkpoint and an epoch's last are asked for
+
+
+def test_a_loss_that_is_read_late_stops_the_run_with_its_own_step(monkeypatch) -> None:
+    monkeypatch.setattr(Run, "late_devices", ("cpu",))
+    spoiled = ByHand(model(), NAMES, lr=1e30)
+    with pytest.raises(RunError, match=r"loss is nan at step 2"):
+        run(spoiled, colour_pairs(4), epochs=1)
