@@ -6,8 +6,8 @@
 
 Both sides run in a process each, with as many threads, on the same batches from the same weights, an epoch at a time in
 turns. The first losses must agree. A step is the median over all epochs but the first, loading its pictures included.
-Whole runs of 1 and 3 epochs are the first ones of a longer run, in which what we keep is filled; of 10, seven epochs are
-steady steps. README has what was measured last without naming strategies.
+Whole runs of 1 and 3 epochs are the first ones of a longer run, in which what we keep is filled; of 10, seven epochs
+are steady steps. README has what was measured last without naming strategies.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def run_in_ram_or_past_it(past: bool) -> dict[str, Any]:
     """`last_n` on a ViT-B-32, its cache in RAM or all of it in a folder."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {"cache_ram": "0MB", "cache_dir": folder} if past else {}
-        side = ours(Cell("ViT-B-32", "last_n", BATCH, settings=settings), lambda: None, counted=False)
+        side = ours(Cell("ViT-B-32", "last_n", BATCH, settings=settings), lambda: None)
     return {
         "what": "last_n, cache past RAM" if past else "last_n, cache in RAM",
         "step_s": round(side.step, 3),

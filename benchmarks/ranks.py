@@ -24,7 +24,7 @@ RANKS = (1, 2)
 
 def measure(cell: Cell) -> None:
     """One run, on the ranks that torchrun has started; the first prints."""
-    side = ours(cell, lambda: None, counted=False)
+    side = ours(cell, lambda: None)
     peaks = everyones(peak_mb())
     if rank() == 0:
         told = {"strategy": cell.strategy, "model": cell.model, "ranks": world_size(), "threads": cell.threads}

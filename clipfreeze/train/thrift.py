@@ -173,7 +173,7 @@ class Thrift:
     def enter(self, loaded: Loaded) -> None:
         """A phase begins: find what is frozen now, by the first two samples of a batch."""
         self._uncut()
-        self._prompts = None
+        self._prompts = self.pooled = self.text.pooled = None
         examples = {"vision": self._pixels(loaded, range(min(2, loaded.size)))}
         if "text" in loaded.batch:
             examples["text"] = loaded.batch["text"][:2].to(self.device)
@@ -181,7 +181,11 @@ class Thrift:
             encode = self.text.encode if tower == "text" else self._encode_image
             if len(example) == 1:
                 example = torch.cat([example, example])
-            self._shorten(tower, encode, example)
+            features, draws = self._tried(encode, example)
+            if tower == "text":
+                self.once = not draws
+            if not draws:
+                self._shorten(tower, encode, example, features)
             try:
                 with self.accelerator.autocast():
                     tolerance = _TOLERANCE[self.accelerator.mixed_precision]
@@ -190,10 +194,8 @@ class Thrift:
                 self.notes.append(f"{tower} tower: all of it runs in each step: {reason}")
                 continue
             self._keep(tower)
-        if "text" in examples:
-            self.once = not self._draws(self.text.encode, examples["text"])
-            if self.text.whole:
-                self.notes.append(f"texts run at their full length: {self.text.whole}")
+        if "text" in examples and self.text.whole:
+            self.notes.append(f"texts run at their full length: {self.text.whole}")
 
     def close(self) -> None:
         """Leave the model as it was, and what is on disk to others."""
@@ -232,23 +234,21 @@ class Thrift:
         """What the user should know of what is kept."""
         return [note for kept in self.kept.values() for note in kept.take_notes()]
 
-    def _shorten(self, tower: str, encode: Encode, example: Tensor) -> None:
-        """Work out the last block at the pooled token alone, where that changes nothing: no adapter, which may read
-        other tokens, nothing that draws numbers for all of them.
+    def _shorten(self, tower: str, encode: Encode, example: Tensor, features: Tensor) -> None:
+        """Work out the last block at the pooled token alone, where that changes no features: there is no adapter, which
+        may read other tokens.
         """
         side: Any = self.text if tower == "text" else self
-        side.pooled = None
         prompted = tower == "vision" and any(isinstance(site, PromptSite) for site in self.applied.sites)
         if prompted or any(isinstance(site, AdapterSite) for site in self.applied.sites):
             return
         pooled = pooled_token(self.applied.model, tower)
-        if pooled is None or self._draws(encode, example):
+        if pooled is None:
             return
-        with torch.no_grad(), self.accelerator.autocast():
-            whole = encode(example)
-            side.pooled = pooled
-            if (encode(example) - whole).abs().max() > _TOLERANCE[self.accelerator.mixed_precision]:
-                side.pooled = None
+        side.pooled = pooled
+        apart = (self._tried(encode, example)[0] - features).abs().max()
+        if apart > _TOLERANCE[self.accelerator.mixed_precision]:
+            side.pooled = None
 
     def _keep(self, tower: str) -> None:
         """Where what the prefix makes is kept, if it comes again."""
@@ -326,16 +326,14 @@ class Thrift:
             features: Tensor = model.encode_image(pixels, normalize=normalize)
         return features.float()
 
-    def _draws(self, encode: Callable[[Tensor], Tensor], example: Tensor) -> bool:
-        """Whether the tower draws random numbers."""
+    def _tried(self, encode: Encode, example: Tensor) -> tuple[Tensor, bool]:
+        """The features, and whether the tower draws random numbers; none are missing afterwards."""
         with undrawn(self.device), torch.no_grad(), self.accelerator.autocast():
             before = dice_on(self.device)
-            encode(example)
+            features = encode(example)
             after = dice_on(self.device)
-        return any(
-            one is not None and other is not None and not torch.equal(one, other)
-            for one, other in zip(before, after, strict=True)
-        )
+        pairs = zip(before, after, strict=True)
+        return features, any(a is not None and b is not None and not torch.equal(a, b) for a, b in pairs)
 
     def _image_key(self, draw: Draw) -> int:
         assert self.pictures is not None
