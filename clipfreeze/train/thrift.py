@@ -10,10 +10,8 @@ import math
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cached_property, partial
 from hashlib import blake2b
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from clipfreeze.changes import Applied
 from clipfreeze.plan.sites import AdapterSite, PromptSite
 from clipfreeze.train.batches import Batch, Draw, Loaded, TrainingSamples
 from clipfreeze.train.dice import dice_on, undrawn
+from clipfreeze.train.given import Images, Texts
 from clipfreeze.train.identity import picture_name, prefix_name, transform_name
 from clipfreeze.train.kept import Budget, Kept, Memory
 from clipfreeze.train.last_block import at_token
@@ -44,102 +43,11 @@ _TOLERANCE = {"no": 1e-4, "fp16": 5e-3, "bf16": 5e-2}
 """Of a normalised feature's largest difference, between a tower in one piece and in two."""
 
 
-@dataclass
-class Images:
-    """Pictures, or what the frozen prefix made of them: (B, ...); and how they become features."""
-
-    states: Tensor
-    encode: Callable[[Tensor], Tensor]
-
-    def features(self) -> Tensor:
-        """(B, D) normalised, fp32."""
-        return self.encode(self.states)
-
-    def __len__(self) -> int:
-        return len(self.states)
-
-    def __getitem__(self, rows: slice) -> Images:
-        return Images(self.states[rows], self.encode)
-
-    def tensor_split(self, count: int) -> list[Images]:
-        """As of a tensor."""
-        return [Images(part, self.encode) for part in self.states.tensor_split(count)]
-
-    def to(self, device: torch.device, **how: Any) -> Images:
-        """They are where they are needed."""
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tower is."""
-        return self.states.device
-
-
-@dataclass
-class Texts:
-    """Texts: ids (B, L) on the CPU, and what the frozen prefix made of each, where there is one."""
-
-    ids: Tensor
-    tower: TextTower
-    device: torch.device
-    once: bool  # whether equal texts have equal features
-    prefix: Prefix | None = None
-    states: Sequence[Tensor] = ()
-
-    def features(self) -> Tensor:
-        """(B, D) normalised, fp32."""
-        first, places = self._unique
-        given = self.ids[first]
-        if self.tower.prompts:  # placeholders take up length while the prompt is on
-            given = self.tower.rewritten(given.to(self.device)).cpu()
-        parts, order = [], []
-        for length, rows in length_groups(self.tower.lengths(given), given.shape[1]):
-            ids = given[rows, :length].to(self.device, non_blocking=True)
-            parts.append(self._encoded(ids, [first[row] for row in rows]))
-            order += rows
-        place = torch.empty(len(order), dtype=torch.long)
-        place[order] = torch.arange(len(order))
-        return torch.cat(parts)[place[places].to(self.device, non_blocking=True)]
-
-    def _encoded(self, ids: Tensor, rows: list[int]) -> Tensor:
-        if self.prefix is None:
-            return self.tower.encode(ids)
-        length, states = ids.shape[1], [self.states[row] for row in rows]
-        if any(len(state) != len(states[0]) for state in states):
-            joined = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)
-        else:
-            joined = torch.stack(list(states))
-        if joined.ndim > 2 and joined.shape[1] < length:
-            joined = torch.nn.functional.pad(joined, (0, 0, 0, length - joined.shape[1]))
-        return self.prefix.go_on(joined.to(self.device, non_blocking=True), ids=ids)
-
-    @cached_property
-    def _unique(self) -> tuple[list[int], list[int]]:
-        return unique(self.ids) if self.once else (list(range(len(self))), list(range(len(self))))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, rows: slice) -> Texts:
-        return Texts(self.ids[rows], self.tower, self.device, self.once, self.prefix, self.states[rows])
-
-    def tensor_split(self, count: int) -> list[Texts]:
-        """As of a tensor."""
-        edges = [0, *(len(part) for part in self.ids.tensor_split(count))]
-        starts = torch.tensor(edges).cumsum(0).tolist()
-        return [self[start:end] for start, end in pairwise(starts)]
-
-    def to(self, device: torch.device, **how: Any) -> Texts:
-        """Groups go there one by one."""
-        return self
-
-
 class Thrift:
     """What a run's batches become before they go to the training module.
 
-    `pictures` gives one that the loader left out, and its `address` on the shelf; None for a stream, of which nobody
-    knows what comes again. `returns` says whether pictures come again as they were. `shelf` opens what is kept on disk
-    under a name, if anything is.
+    `pictures` gives one that the loader left out; None for a stream, of which nobody knows what comes again.
+    `normalise` makes of pictures what the towers take.
     """
 
     def __init__(
@@ -192,6 +100,7 @@ class Thrift:
                     self.prefixes[tower] = find_prefix(self.applied, tower, encode, example, tolerance)
             except NoCutError as reason:
                 self.notes.append(f"{tower} tower: all of it runs in each step: {reason}")
+                self._drop(tower)
                 continue
             self._keep(tower)
         if "text" in examples and self.text.whole:
@@ -272,7 +181,8 @@ class Thrift:
             return "a stream is not remembered"
         if self.pictures.random and self.settings.views is None:
             return "augmentation makes each view a new one (--views K keeps K of each)"
-        if self.settings.epochs <= (self.settings.views or 1 if self.pictures.random else 1):
+        views = self.settings.views or 1 if self.pictures.random else 1
+        if self.settings.epochs <= views and self.settings.cache_dir is None:
             return "each view is seen once"
         return ""
 
@@ -297,6 +207,7 @@ class Thrift:
         return Store(Path(self.settings.cache_dir), name, bytes_of(self.settings.cache_disk))
 
     def _drop(self, tower: str) -> None:
+        self.names.pop(tower, None)
         if (kept := self.kept.pop(tower, None)) is not None:
             kept.close()
 
