@@ -60,6 +60,11 @@ class Prefix:
     at_projection: bool = False  # what reach gives is pooled
 
 
+def recomputes(model: nn.Module) -> bool:
+    """Whether the model's own gradient checkpointing is on: backward then runs blocks as they are at that time."""
+    return any(getattr(module, "grad_checkpointing", False) for module in model.modules())
+
+
 def tower_input(applied: Applied, tower: str) -> Entry | None:
     """Where in the tower the plan is at work now; None where all of it is frozen. NoCutError where at its input."""
     at_work = applied.plan.trains_in(applied.phase)
@@ -101,7 +106,7 @@ def find_prefix(applied: Applied, tower: str, encode: Encode, example: Tensor, t
     if entry is None:
         names = tuple(name for group in course_of(model, tower).groups for name in group)
         return Prefix(FEATURES, encode, lambda state, ids=None: state, names)
-    if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
+    if recomputes(model):
         raise NoCutError("the model's own gradient checkpointing runs it again in backward")
     device = example.device
     with undrawn(device), torch.no_grad():

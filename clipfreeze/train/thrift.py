@@ -29,7 +29,7 @@ from clipfreeze.train.identity import picture_name, prefix_name, transform_name
 from clipfreeze.train.kept import Budget, Kept, Memory
 from clipfreeze.train.last_block import at_token
 from clipfreeze.train.objective import Training
-from clipfreeze.train.prefix import FEATURES, Encode, NoCutError, Prefix, find_prefix
+from clipfreeze.train.prefix import FEATURES, Encode, NoCutError, Prefix, find_prefix, recomputes
 from clipfreeze.train.settings import TrainingSettings, bytes_of
 from clipfreeze.train.store import Store
 from clipfreeze.train.texts import TextTower, length_groups, unique
@@ -92,7 +92,7 @@ class Thrift:
             features, draws = self._tried(encode, example)
             if tower == "text":
                 self.once = not draws
-            if not draws:
+            if not draws and not recomputes(self.applied.model):
                 self._shorten(tower, encode, example, features)
             try:
                 with self.accelerator.autocast():

@@ -4,15 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from clipfreeze.changes import Applied, apply
 from clipfreeze.plan.build import resolve
 from clipfreeze.policy.loading import load_policy
+from clipfreeze.train.accumulate import backward_in_chunks
 from clipfreeze.train.batches import Draw, Loaded
 from clipfreeze.train.engine import make_accelerator
 from clipfreeze.train.objective import training_module
 from clipfreeze.train.settings import training_settings
+from clipfreeze.train.texts import FEWEST, length_groups, unique
 from clipfreeze.train.thrift import Thrift
 
 import tiny
@@ -112,3 +116,78 @@ def test_loss_and_gradients_are_those_of_the_plain_forward(family, policy):
         assert_equal(learnt(applied, thrift.module, thrift.prepare(pictures)), plain)
     thrift.close()
     assert_equal(learnt(applied, thrift.module, batch), plain)
+
+
+@pytest.mark.parametrize("policy", ["last_n", "lora", "prompt"])
+def test_pieces_of_a_batch_have_its_gradients(policy):
+    applied = applied_to("clip_vit", policy)
+    batch = batch_of(applied)
+    thrift = thrifty(applied, batch)
+    plain = learnt(applied, thrift.module, batch)
+    thrift.enter(loaded_of(batch))
+    thrift.module.zero_grad()
+    loss = backward_in_chunks(thrift.module, thrift.prepare(loaded_of(batch)), 2)
+    assert_equal((loss, {n: p.grad for n, p in applied.training().items() if p.grad is not None}), plain)
+
+
+def test_dropout_behind_the_cut_falls_as_in_the_plain_forward():
+    applied = applied_to("clip_vit", "lora", towers="vision", dropout=0.5)
+    batch = batch_of(applied)
+    thrift = thrifty(applied, batch)
+    thrift.module.train()
+    torch.manual_seed(1)
+    plain = learnt(applied, thrift.module, batch)
+    thrift.enter(loaded_of(batch))
+    for seed, same in ((1, True), (2, False)):
+        torch.manual_seed(seed)
+        found = learnt(applied, thrift.module, thrift.prepare(loaded_of(batch, seen=())))
+        assert torch.allclose(found[0], plain[0], atol=1e-6) == same
+    assert not thrift.take_notes()[0].startswith("vision tower: all of it")
+
+
+def test_a_tower_that_draws_numbers_encodes_equal_texts_each_by_itself():
+    applied = applied_to("clip_vit", "lora", towers="text", dropout=0.5)
+    batch = batch_of(applied)
+    thrift = thrifty(applied, batch)
+    for training in (True, False):
+        thrift.module.train(training)
+        thrift.enter(loaded_of(batch))
+        features = thrift.prepare(loaded_of(batch))["text"].features()
+        assert torch.equal(features[0], features[3]) == (not training)
+
+
+def test_prompts_of_all_classes_are_prepared_once():
+    applied = applied_to("clip_vit", "vision_only")
+    thrift = thrifty(applied, batch_of(applied))
+    thrift.module.reads_classes = True
+    loaded = loaded_of(batch_of(applied))
+    thrift.enter(loaded)
+    assert thrift.prepare(loaded)["text"] is thrift.prepare(loaded)["text"]
+
+
+def test_what_the_model_checkpoints_itself_is_not_cut():
+    applied = applied_to("clip_vit", "last_n")
+    applied.model.set_grad_checkpointing()
+    batch = batch_of(applied)
+    thrift = thrifty(applied, batch)
+    plain = learnt(applied, thrift.module, batch)
+    thrift.enter(loaded_of(batch))
+    assert_equal(learnt(applied, thrift.module, thrift.prepare(loaded_of(batch))), plain)
+    assert all("checkpointing" in note for note in thrift.take_notes())
+
+
+@given(st.lists(st.integers(1, 77), min_size=1, max_size=40))
+def test_groups_hold_every_row_once_and_cut_none(lengths):
+    found = list(length_groups(lengths, 77))
+    assert sorted(row for _, rows in found for row in rows) == list(range(len(lengths)))
+    for size, rows in found:
+        assert max(lengths[row] for row in rows) <= size <= 77
+    assert len(found) == 1 or all(len(rows) >= FEWEST for _, rows in found[:-1])
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12))
+def test_unique_rows_stand_for_all(values):
+    ids = torch.tensor(values)[:, None].expand(-1, 3)
+    first, places = unique(ids)
+    assert len(first) == len(set(values))
+    assert torch.equal(ids[first][places], ids)
