@@ -10,9 +10,15 @@ from clipfreeze.train.columns import TableFormat as TableFormat
 from clipfreeze.train.delimited import read_delimited
 from clipfreeze.train.jsonl import read_jsonl
 from clipfreeze.train.pairs import Pair, PairSet, Stored
-from clipfreeze.train.parquet import read_parquet
 
-_READERS = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".json": read_jsonl, ".parquet": read_parquet}
+
+def _read_parquet(path: Path, layout: TableFormat) -> Rows:
+    from clipfreeze.train.parquet import read_parquet  # pyarrow takes 40 MB
+
+    return read_parquet(path, layout)
+
+
+_READERS = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".json": read_jsonl, ".parquet": _read_parquet}
 _MOST_PROBLEMS = 10
 
 
