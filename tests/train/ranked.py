@@ -114,11 +114,14 @@ def training(folder: Path, policy: str, **settings: Any) -> Result:
 
 
 def task_training(folder: Path) -> None:
-    """Policies with phases, with frozen towers, with what gets no gradient, in closed form; and one broken picture."""
+    """Policies with phases, with frozen towers, with what gets no gradient, in closed form, with what frozen parts made
+    kept on disk; and one broken picture.
+    """
     name = f"{world_size()}"
     training(folder / f"full {name}", "full", ema=0.9)
     training(folder / f"lp_ft {name}", "lp_ft", knobs={"probe": "50%"})
-    training(folder / f"micro {name}", "text_only", micro_batch=1)
+    kept = {"views": 2, "cache_dir": str(folder / f"kept {name}")}  # each rank reads what others have worked out
+    training(folder / f"micro {name}", "text_only", micro_batch=1, **kept)
     training(folder / f"closed {name}", "logit_scale", family="siglip", knobs={"optimizer": "lbfgs"})
     broken = replace(PAIRS, pairs=(replace(PAIRS.pairs[0], image=b"no picture"), *PAIRS.pairs[1:]))
     result = training(folder / f"broken {name}", "projections", pairs=broken)
