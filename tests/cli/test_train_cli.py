@@ -198,10 +198,10 @@ def test_an_interrupted_run_says_what_is_left(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     real = Engine.update
 
-    def interrupted(engine, batch, step, flags):
+    def interrupted(engine, batch, step, *more):
         if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return real(engine, batch, step, flags)
+        return real(engine, batch, step, *more)
 
     monkeypatch.setattr(Engine, "update", interrupted)
     monkeypatch.setattr(sys, "argv", ["clipfreeze", "train", "logit_scale", *few(tmp_path), "--epochs", "2"])
