@@ -28,13 +28,14 @@ class Strategy:
     target: float  # how many times as fast as the peer it is to be, in steady state
     knobs: dict[str, Any] = field(default_factory=dict)
     objective: str = "auto"
+    batch: int = 16  # a step of 64 through whole towers takes half a minute on two cores
 
 
 STRATEGIES = {
-    "logit_scale": Strategy("open_clip", 100),
-    "projections": Strategy("open_clip", 100),
-    "last_n": Strategy("open_clip", 5),
-    "prompt": Strategy("CoOp", 10, objective="classes"),
+    "logit_scale": Strategy("open_clip", 100, batch=64),
+    "projections": Strategy("open_clip", 100, batch=64),
+    "last_n": Strategy("open_clip", 5, batch=64),
+    "prompt": Strategy("CoOp", 10, objective="classes", batch=64),
     "text_only": Strategy("open_clip --lock-image", 2),
     "vision_only": Strategy("open_clip --lock-text", 2),
     # PEFT takes q, k, v and out of an attention or none of them, and has no dropout there.

@@ -13,7 +13,7 @@ RUNS = (1, 3, 10)
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 
 _HEAD = (
-    *("strategy", "peer", "peer s", "ours s", "ratio"),
+    *("strategy", "peer", "batch", "peer s", "ours s", "ratio"),
     *(f"{n} epoch{'s' if n > 1 else ''}" for n in RUNS),
     *("peer MB", "ours MB", "floor s", "ours / floor"),
 )
@@ -67,6 +67,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         f"`{row['strategy']}`",
         row["peer"],
+        str(row["batch_size"]),
         f"{step['peer']:.3g}",
         f"{step['ours']:.3g}",
         _times(row["ratio"]),
