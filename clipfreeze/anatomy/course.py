@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from clipfreeze.anatomy.layout import Layout
+from clipfreeze.anatomy.layout import Layout, base_in
 from clipfreeze.anatomy.partition import layouts
 
 
@@ -40,11 +40,12 @@ class Course:
         return tuple(name for group in self.groups[1:] for name in group)
 
     def entry(self, names: Iterable[str]) -> Entry | None:
-        """Where the first of these parameters is at work; None where none of them is in the tower, or in its input.
+        """Where the first of these parameters is at work; None where none of them is in the tower.
 
         Raises ValueError where one is in the input, before which nothing stands.
         """
-        places = [place for name in names if (place := self._place(name)) is not None]
+        found = {of: number for number, group in enumerate(self.groups) for of in group}
+        places = [(found[base], base) for name in names if (base := base_in(name, found)) is not None]
         if not places:
             return None
         first = min(group for group, _ in places)
@@ -56,15 +57,6 @@ class Course:
             return Entry(f"{self.tower}.blocks[{first - 1}]", self.groups[first], before)
         beside = tuple(name for name in self.groups[first] if name not in at_work)
         return Entry(", ".join(at_work), tuple(at_work), before + beside)
-
-    def _place(self, name: str) -> tuple[int, str] | None:
-        """The group of the longest name that is `name` or a module around it, and that name."""
-        found = {of: number for number, group in enumerate(self.groups) for of in group}
-        while name not in found:
-            name, dot, _ = name.rpartition(".")
-            if not dot:
-                return None
-        return found[name], name
 
 
 def course_of(model: nn.Module, tower: str) -> Course:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -61,6 +61,15 @@ def places(layout: Layout, tower: str) -> Iterator[Place]:
                     yield Place(f"{tower}.blocks", name, index, block.stage)
         else:
             yield from (Place(f"{tower}.{part}", name) for name in getattr(layout, part))
+
+
+def base_in(name: str, known: Collection[str]) -> str | None:
+    """The longest of the known names that is `name` or a module around it, so never more than one."""
+    while name not in known:
+        name, dot, _ = name.rpartition(".")
+        if not dot:
+            return None
+    return name
 
 
 def is_norm(module: nn.Module) -> bool:

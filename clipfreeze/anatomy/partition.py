@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from clipfreeze.anatomy.layout import Layout, Place, is_norm, places
+from clipfreeze.anatomy.layout import Layout, Place, base_in, is_norm, places
 from clipfreeze.anatomy.parts import TOWERS, Anatomy, Parameter, Tower
 from clipfreeze.anatomy.slots import block_slots, pool_slots
 from clipfreeze.anatomy.text import TEXT_LAYOUTS, text_name
@@ -105,12 +105,8 @@ def _where(layouts: Mapping[str, Layout]) -> dict[str, Place]:
 
 def _place(name: str, where: Mapping[str, Place]) -> Place | None:
     """The place of the longest name in `where` that is `name` or a module around it, so never more than one."""
-    base = name
-    while base not in where:
-        base, dot, _ = base.rpartition(".")
-        if not dot:
-            return None
-    return where[base]
+    base = base_in(name, where)
+    return None if base is None else where[base]
 
 
 def _parameter(

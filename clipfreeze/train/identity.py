@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from hashlib import blake2b
-from importlib import metadata
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from clipfreeze.stored import digest_of
 from clipfreeze.train.pairs import Picture
+from clipfreeze.train.spec import installed_version
 
 _LIBRARIES = ("clipfreeze", "open_clip_torch", "timm", "torch", "transformers")
 
@@ -20,12 +20,16 @@ _LIBRARIES = ("clipfreeze", "open_clip_torch", "timm", "torch", "transformers")
 def prefix_name(model: nn.Module, names: tuple[str, ...], *more: object) -> str:
     """Of what stands below `names` in the model, by weights and by what its modules say of themselves; hex."""
     inside = tuple(f"{name}." for name in names)
-    tensors = {name: value for name, value in model.state_dict().items() if f"{name}.".startswith(inside)}
+    tensors = {
+        name: value
+        for name, value in model.state_dict().items()
+        if f"{name}.".startswith(inside) and isinstance(value, Tensor)
+    }
     modules = dict(model.named_modules())
     told = [repr(modules[name]) for name in names if name in modules]
-    return digest_of({name: value for name, value in tensors.items() if isinstance(value, Tensor)})[:32] + _short(
-        repr((told, more, [_version(library) for library in _LIBRARIES], torch.get_float32_matmul_precision()))
-    )
+    libraries = [installed_version(library) for library in _LIBRARIES]
+    rest = repr((told, more, libraries, torch.get_float32_matmul_precision()))
+    return digest_of(tensors)[:32] + short_digest(rest.encode()).hex()
 
 
 def transform_name(transform: Any) -> str | None:
@@ -48,15 +52,9 @@ def picture_name(picture: Picture) -> bytes:
         said = repr((str(picture.absolute()), facts.st_size, facts.st_mtime_ns)).encode()
     else:
         said = picture if isinstance(picture, bytes) else picture.read()
+    return short_digest(said)
+
+
+def short_digest(said: bytes) -> bytes:
+    """16 bytes, by which rows are known."""
     return blake2b(said, digest_size=16).digest()
-
-
-def _short(text: str) -> str:
-    return blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _version(library: str) -> str:
-    try:
-        return metadata.version(library)
-    except metadata.PackageNotFoundError:
-        return "none"

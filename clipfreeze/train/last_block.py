@@ -5,8 +5,7 @@ No other token of its output reaches the feature. Dropout there draws numbers fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -16,11 +15,9 @@ from torch import Tensor, nn
 from clipfreeze.train.blocks import shadowed
 
 
-@contextmanager
-def at_token(block: nn.Module, place: Tensor) -> Iterator[None]:
-    """open_clip's ResidualAttentionBlock gives in every place what it would give at `place`, (B,)."""
-    with shadowed(block, {"forward": partial(_forward, block, place)}):
-        yield
+def at_token(block: nn.Module, place: Tensor) -> AbstractContextManager[None]:
+    """Inside, open_clip's ResidualAttentionBlock gives in every place what it would give at `place`, (B,)."""
+    return shadowed(block, {"forward": partial(_forward, block, place)})
 
 
 def _forward(

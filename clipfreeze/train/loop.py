@@ -402,12 +402,13 @@ class Run:
         """Whether the next step's loss may wait until one more is launched, so that a GPU never waits for this process:
         nobody asks for it.
         """
+        if self.accelerator.device.type not in self.late_devices or world_size() > 1:
+            return False
+        if self.callbacks or self.engine.unproved or self.accelerator.scaler is not None:
+            return False
         step = self.step + 1
-        due = step % self.steps_per_epoch == 0 or any(
-            self._due(stretch, step) for stretch in (self.settings.evaluates, self.settings.save_every)
-        )
-        asked = due or self.callbacks or self.engine.unproved or self.accelerator.scaler is not None
-        return self.accelerator.device.type in self.late_devices and world_size() == 1 and not asked
+        due = (self._due(stretch, step) for stretch in (self.settings.evaluates, self.settings.save_every))
+        return step % self.steps_per_epoch != 0 and not any(due)
 
     late_devices = ("cuda",)
 

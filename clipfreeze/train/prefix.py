@@ -8,7 +8,7 @@ is given what the tower makes with an identity in its place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from clipfreeze.anatomy.course import Entry, course_of
+from clipfreeze.anatomy.layout import base_in
 from clipfreeze.changes import Applied
 from clipfreeze.inject.columns import replace_first
 from clipfreeze.inject.factor import parameter_of
@@ -87,14 +88,9 @@ def _places_of(site: Site, tower: str, groups: Sequence[tuple[str, ...]]) -> lis
     if isinstance(site, AdapterSite):
         known = {name for group in groups for name in group}
         last = (groups[-2] or groups[-3])[-1]  # of one behind the tower as a whole, the rest must be called
-        return [name if _within(name, known) else last for name in (site.source, site.target)]
+        return [last if base_in(name, known) is None else name for name in (site.source, site.target)]
     assert isinstance(site, PromptSite)
     return [groups[1 if tower == "vision" else 0][0]]
-
-
-def _within(name: str, known: Collection[str]) -> bool:
-    steps = name.split(".")
-    return any(".".join(steps[:end]) in known for end in range(1, len(steps) + 1))
 
 
 def find_prefix(applied: Applied, tower: str, encode: Encode, example: Tensor, tolerance: float) -> Prefix:

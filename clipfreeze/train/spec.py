@@ -25,10 +25,10 @@ _FOLDER = "local-dir:"
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
-def installed_version() -> str:
-    """Of clipfreeze; "unknown" where it runs without being installed."""
+def installed_version(library: str = "clipfreeze") -> str:
+    """Of a library; "unknown" where it is not installed, as clipfreeze may run without."""
     try:
-        return metadata.version("clipfreeze")
+        return metadata.version(library)
     except metadata.PackageNotFoundError:
         return "unknown"
 

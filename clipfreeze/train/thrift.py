@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property, partial
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from clipfreeze.plan.sites import AdapterSite, PromptSite
 from clipfreeze.train.batches import Batch, Draw, Loaded, TrainingSamples
 from clipfreeze.train.dice import dice_on, undrawn
 from clipfreeze.train.given import Images, Texts
-from clipfreeze.train.identity import picture_name, prefix_name, transform_name
+from clipfreeze.train.identity import picture_name, prefix_name, short_digest, transform_name
 from clipfreeze.train.kept import Budget, Kept, Memory
 from clipfreeze.train.last_block import at_token
 from clipfreeze.train.objective import Training
@@ -225,7 +224,7 @@ class Thrift:
             name = picture_name(self.pictures.pictures.pairs[position].image)
             if self.pictures.random:
                 dice = f"{self.settings.seed}/{view}/{position}".encode()
-                name = blake2b(name + dice, digest_size=16).digest()
+                name = short_digest(name + dice)
             self._picture_names[key] = name
         return self._picture_names[key]
 
@@ -296,7 +295,7 @@ class Thrift:
         if prefix is not None:
             lengths = self.text.lengths(ids)
             first, places = unique(ids)
-            keys = [blake2b(ids[row, : lengths[row]].numpy().tobytes(), digest_size=16).digest() for row in first]
+            keys = [short_digest(ids[row, : lengths[row]].numpy().tobytes()) for row in first]
             through = partial(self._through_text, prefix, ids[first], [lengths[row] for row in first])
             rows = self._rows(self.kept["text"], keys, through)
             texts.states = [rows[place] for place in places]
