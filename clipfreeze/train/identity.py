@@ -39,8 +39,9 @@ def transform_name(transform: Any) -> str | None:
         return None if None in names else repr((type(transform).__qualname__, names))
     if isinstance(transform, FunctionType):
         code = transform.__code__
-        known = not transform.__closure__
-        return repr((transform.__module__, transform.__qualname__, code.co_code, code.co_names)) if known else None
+        does = code.co_code, code.co_names, code.co_consts, transform.__defaults__, transform.__kwdefaults__
+        told = repr((transform.__module__, transform.__qualname__, does))
+        return None if transform.__closure__ or " at 0x" in told else told
     told = repr(transform)
     return None if " at 0x" in told else repr((type(transform).__module__, told))
 

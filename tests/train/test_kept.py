@@ -13,6 +13,7 @@ from clipfreeze.errors import DataError
 from clipfreeze.plan.build import resolve
 from clipfreeze.policy.loading import load_policy
 from clipfreeze.train import batches, store_segment, thrift
+from clipfreeze.train.identity import transform_name
 from clipfreeze.train.kept import Budget, Kept, Memory
 from clipfreeze.train.loop import Result, fit
 
@@ -122,6 +123,16 @@ def test_a_transform_that_does_not_say_what_it_does_is_kept_in_memory_alone(tmp_
     prefixed.clear()
     run(transform=lambda picture: known(picture), cache_dir=str(tmp_path))
     assert sum(prefixed) == 16  # captions are on disk
+
+
+def test_functions_that_differ_in_a_number_are_other_transforms():
+    def made(number: str) -> Any:
+        scope: dict[str, Any] = {"__name__": "transforms"}
+        exec(f"def turn(picture, by=1): return picture.rotate({number} * by)", scope)
+        return scope["turn"]
+
+    assert transform_name(made("3")) == transform_name(made("3"))
+    assert transform_name(made("3")) != transform_name(made("4"))
 
 
 @pytest.mark.parametrize("fault", ["cut", "flipped", "gone"])
