@@ -5,9 +5,10 @@
     python -m benchmarks --quick full lora      # fewer and smaller steps of some, printed and not kept
 
 Both sides run in a process each, with as many threads, on the same batches from the same weights, an epoch at a time in
-turns. The first losses must agree. A step is the median over all epochs but the first, loading its pictures included.
-Whole runs of 1 and 3 epochs are the first ones of a longer run, in which what we keep is filled; of 10, seven epochs
-are steady steps. README has what was measured last without naming strategies.
+turns. The losses of all steps must agree, but for LoRA, whose factors each side draws: there those of the first. A step
+is the median over all epochs but the first, loading its pictures included. Whole runs of 1 and 3 epochs are the first
+ones of a longer run, in which what we keep is filled; of 10, six epochs are steady steps. README has what was
+measured last without naming strategies.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ LEFT_OUT = {("ViT-B-16-SigLIP", "prompt")}
 
 
 def measure(cell: Cell) -> dict[str, Any]:
-    """One row. RunError where a side fails or the losses differ."""
+    """One row. RunError where a side fails or losses differ."""
     ours, peer = in_turns(cell)
-    tolerance = 1e-4 if device().type == "cpu" else 0.05  # bf16 logits on the peer's side
+    tolerance = 1e-3 if device().type == "cpu" else 0.05  # bf16 logits on the peer's side
     return compare(cell, ours, peer, product_rate(), tolerance)
 
 
@@ -52,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("strategies", nargs="*", help=f"of {', '.join(STRATEGIES)}; all unless named")
     parser.add_argument("--model", choices=MODELS, default="ViT-B-32")
-    parser.add_argument("--batch-size", type=int, help="64 of the cheap ones, else 16; 8 if quick")
+    parser.add_argument("--batch-size", type=int, help="64 on ViT-B-32, else 8")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
@@ -64,8 +65,8 @@ def main() -> None:
     for strategy in options.strategies or STRATEGIES:
         if (options.model, strategy) in LEFT_OUT:
             continue
-        size = options.batch_size or (8 if options.quick else STRATEGIES[strategy].batch if usual else 16)
-        cell = Cell(options.model, strategy, size, 2 if options.quick else 3, threads=options.threads)
+        size = options.batch_size or (64 if usual and not options.quick else 8)
+        cell = Cell(options.model, strategy, size, epochs=3 if options.quick else 4, threads=options.threads)
         try:
             rows.append(measure(cell))
         except RunError as error:

@@ -14,6 +14,7 @@ from benchmarks import made
 from clipfreeze.plan.build import resolve
 from clipfreeze.plan.value import Plan
 from clipfreeze.policy.loading import load_policy
+from clipfreeze.policy.schema import Schedule
 from clipfreeze.train.pairs import PairSet
 
 Gate = Callable[[], None]
@@ -28,18 +29,18 @@ class Strategy:
     target: float  # how many times as fast as the peer it is to be, in steady state
     knobs: dict[str, Any] = field(default_factory=dict)
     objective: str = "auto"
-    batch: int = 16  # a step of 64 through whole towers takes half a minute on two cores
+    draws: bool = False  # factors anew on either side: the first losses alone are the same
 
 
 STRATEGIES = {
-    "logit_scale": Strategy("open_clip", 100, batch=64),
-    "projections": Strategy("open_clip", 100, batch=64),
-    "last_n": Strategy("open_clip", 5, batch=64),
-    "prompt": Strategy("CoOp", 10, objective="classes", batch=64),
+    "logit_scale": Strategy("open_clip", 100),
+    "projections": Strategy("open_clip", 100),
+    "last_n": Strategy("open_clip", 5),
+    "prompt": Strategy("CoOp", 10, objective="classes"),
     "text_only": Strategy("open_clip --lock-image", 2),
     "vision_only": Strategy("open_clip --lock-text", 2),
     # PEFT takes q, k, v and out of an attention or none of them, and has no dropout there.
-    "lora": Strategy("PEFT", 1.5, {"targets": "q,k,v,out", "dropout": 0.0}),
+    "lora": Strategy("PEFT", 1.5, {"targets": "q,k,v,out", "dropout": 0.0}, draws=True),
     "full": Strategy("open_clip", 1.3),
     "differential": Strategy("open_clip", 1.3),
     "adapter": Strategy("open_clip, adapters in", 1),
@@ -53,8 +54,8 @@ class Cell:
     model: str
     strategy: str
     batch_size: int = 64
-    batches: int = 3
-    epochs: int = 3
+    batches: int = 2
+    epochs: int = 4
     threads: int = 2
     settings: Mapping[str, Any] = field(default_factory=dict)  # of our fit, beside these
 
@@ -68,8 +69,8 @@ class Cell:
         return made.classified(count) if self.how.objective == "classes" else made.captioned(count)
 
     def plan(self, model: Any) -> Plan:
-        """The strategy on this model."""
-        return resolve(load_policy(self.strategy, **self.how.knobs), model)
+        """The strategy on this model, at one learning rate throughout, as open_clip's loop has it here."""
+        return resolve(load_policy(self.strategy, **self.how.knobs), model).model_copy(update={"schedule": Schedule()})
 
 
 @dataclass

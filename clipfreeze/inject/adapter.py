@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -66,9 +66,12 @@ class Adapter(Addition):
         """The product itself takes what it is given."""
         return given
 
-    def after(self, product: Product, out: Tensor) -> Tensor:
+    @classmethod
+    def after(cls, effects: Sequence[Adapter], product: Product, out: Tensor) -> Tensor:
         """Behind a bare projection."""
-        return out if self.strength == 0 else out + self(out).to(out.dtype)
+        for adapter in effects:
+            out = out if adapter.strength == 0 else out + adapter(out).to(out.dtype)
+        return out
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what waits: checkpointing's second pass may stop between the two modules."""

@@ -98,7 +98,7 @@ def _packed(
     """q, k and v from one fused weight, (3 D, D), with as few products as the inputs allow."""
     width = query.shape[-1]
     if query is key and key is value:
-        packed = _linear(query, weight, bias)
+        packed = _linear(query.contiguous(), weight, bias)  # else a product for each place, of few rows
         packed = packed.view(*packed.shape[:-1], 3, width).unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
         return packed[0], packed[1], packed[2]
     if key is value:

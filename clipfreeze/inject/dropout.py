@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ class _Dropped:
         """Some of it dropped out."""
         return functional.dropout(given, self.rate, self.module.training)
 
-    def after(self, product: Product, out: Tensor) -> Tensor:
+    @classmethod
+    def after(cls, effects: Sequence[_Dropped], product: Product, out: Tensor) -> Tensor:
         """As it is."""
         return out

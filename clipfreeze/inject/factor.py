@@ -6,7 +6,7 @@ a wrapper around the module never runs there. A stand-in takes part in any produ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -39,8 +39,9 @@ class Effect(Protocol):
     def before(self, given: Tensor) -> Tensor:
         """To what is multiplied."""
 
-    def after(self, product: Product, out: Tensor) -> Tensor:
-        """To what has come out so far."""
+    @classmethod
+    def after(cls, effects: Sequence[Any], product: Product, out: Tensor) -> Tensor:
+        """To what has come out so far, by all of this class together."""
 
 
 @runtime_checkable
@@ -128,8 +129,8 @@ class Factor:
         start = 0 if self.rows is None else self.rows[0]
         made = Product(function, given, fed, self.parameter, bias, arguments, base, start)
         out = base
-        for effect in self.effects:
-            out = effect.after(made, out)
+        for kind in dict.fromkeys(type(effect) for effect in self.effects):
+            out = kind.after([effect for effect in self.effects if type(effect) is kind], made, out)
         return out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -45,6 +45,8 @@ class Lora(Addition):
     def __init__(self, site: LoraSite, weight: nn.Parameter, fresh: bool) -> None:
         super().__init__()
         self.product, self.rows, self.spec = site.product, site.rows, site.spec
+        plain = self.spec.variant != "dora" and self.spec.init != "pissa"  # whose two products cancel to the bit
+        self.linear = plain and site.product in ("linear", "factor")
         a, b = (torch.zeros(added.shape, device=weight.device) for added in site.added[:2])
         pissa = self.spec.init == "pissa"
         if fresh:
@@ -60,18 +62,36 @@ class Lora(Addition):
         """The product itself takes what it is given."""
         return given
 
-    def after(self, product: Product, out: Tensor) -> Tensor:
-        """`out` plus what the factors give; of a fused product, in their rows of the last dimension."""
-        if self.strength == 0:
-            return out
+    @classmethod
+    def after(cls, effects: Sequence[Lora], product: Product, out: Tensor) -> Tensor:
+        """`out` plus what the factors of all give; of a fused product, in their rows of the last dimension."""
+        placed = [(lora, lora._place(product, out)) for lora in effects if lora.strength]
+        linear = [(lora, place) for lora, place in placed if place and lora.linear]
+        if linear:
+            out = _plus_linear(linear, product, out)
+        for lora, place in placed:
+            if place and not lora.linear:
+                out = lora._plus(product, place, out)
+        return out
+
+    def _place(self, product: Product, out: Tensor) -> tuple[int, int] | None:
+        """Of these rows in what comes out; None in a part of the fused product without them."""
+        if self.rows is None:
+            return 0, out.shape[-1]
+        start, stop = self.rows[0] - product.start, self.rows[1] - product.start
+        return (start, stop) if start >= 0 and stop <= out.shape[-1] else None
+
+    def _plus(self, product: Product, place: tuple[int, int], out: Tensor) -> Tensor:
         if self.rows is None:
             return out + self._increment(product, product.base, product.bias).to(out.dtype)
-        start, stop = self.rows[0] - product.start, self.rows[1] - product.start
-        if start < 0 or stop > out.shape[-1]:  # a part of the fused product without these rows
-            return out
+        start, stop = place
         bias = None if product.bias is None else product.bias[start:stop]
         here = out[..., start:stop] + self._increment(product, product.base[..., start:stop], bias).to(out.dtype)
         return torch.cat([out[..., :start], here, out[..., stop:]], -1)
+
+    def dropped(self, given: Tensor) -> Tensor:
+        """What the factors are given."""
+        return functional.dropout(given, self.spec.dropout, self.training)
 
     def _increment(self, product: Product, base: Tensor, bias: Tensor | None) -> Tensor:
         """What is added to `base`, in fp32 unless autocast says otherwise."""
@@ -79,7 +99,7 @@ class Lora(Addition):
         if self.product != "embedding":
             if not torch.is_autocast_enabled(given.device.type):
                 given = given.to(self.A.dtype)
-            given = functional.dropout(given, self.spec.dropout, self.training)
+            given = self.dropped(given)
         delta = self._through(self.A, self.B, given, product)
         if self.spec.init == "pissa":
             delta = delta - self._through(self.A_start, self.B_start, given, product)
@@ -145,6 +165,27 @@ class Lora(Addition):
         rank = self.spec.rank
         roots = (values[:rank] / self.spec.scaling).sqrt()
         return (roots[:, None] * right[:rank]).contiguous(), (left[:, :rank] * roots).contiguous()
+
+
+def _plus_linear(placed: Sequence[tuple[Lora, tuple[int, int]]], product: Product, out: Tensor) -> Tensor:
+    """All factors of one linear map as two thin products, and no more passes over `out` than the sum takes.
+
+    In two dimensions: in more, a gradient changes the kernel, and so the last bit.
+    """
+    given, width = product.fed.flatten(0, -2), out.shape[-1]
+    if not torch.is_autocast_enabled(given.device.type):
+        given = given.to(placed[0][0].A.dtype)
+    alike = [(lora, place) for lora, place in placed if not (lora.training and lora.spec.dropout)]
+    groups = [(given, alike)] if alike else []
+    groups += [(lora.dropped(given), [(lora, place)]) for lora, place in placed if (lora, place) not in alike]
+    inner, outer = [], []
+    for fed, group in groups:
+        inner.append(fed @ torch.cat([lora.A for lora, _ in group]).T)
+        for lora, (start, stop) in group:
+            outer.append(functional.pad(lora.B * (lora.spec.scaling * lora.strength), (0, 0, start, width - stop)))
+    low, up, flat = torch.cat(inner, 1), torch.cat(outer, 1).T, out.flatten(0, -2)
+    total = torch.addmm(flat, low, up) if low.dtype == out.dtype else flat + (low @ up).to(out.dtype)
+    return total.view(out.shape)
 
 
 def _full_precision(weight: Tensor) -> torch.autocast:

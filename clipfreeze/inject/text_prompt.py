@@ -7,7 +7,7 @@ looks them up. Masks, positions and pooling are the tower's own, over the longer
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -110,10 +110,14 @@ class TextPrompt(Addition):
         """ids -> ids that the table has."""
         return given if self.strength == 0 else given.clamp(min=0)
 
-    def after(self, product: Product, out: Tensor) -> Tensor:
+    @classmethod
+    def after(cls, effects: Sequence[TextPrompt], product: Product, out: Tensor) -> Tensor:
         """out: (B, L, D) -> the same with the vectors in place of placeholders."""
-        if self.strength == 0:
-            return out
+        for prompt in effects:
+            out = out if prompt.strength == 0 else prompt._put_in(product, out)
+        return out
+
+    def _put_in(self, product: Product, out: Tensor) -> Tensor:
         number = -1 - product.given
         table = self.vectors.flatten(0, 1) if self.classes else self.vectors[0]
         chosen = functional.embedding(number.clamp(min=0), table).to(out.dtype)

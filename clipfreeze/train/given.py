@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -64,10 +65,11 @@ class Texts:
         if self.tower.prompts:  # placeholders take up length while the prompt is on
             given = self.tower.rewritten(given.to(self.device)).cpu()
         parts, order = [], []
-        for length, rows in length_groups(self.tower.lengths(given), given.shape[1]):
-            ids = given[rows, :length].to(self.device, non_blocking=True)
-            parts.append(self._encoded(ids, [first[row] for row in rows]))
-            order += rows
+        with self.tower.looked_up(given.to(self.device, non_blocking=True)) if self.prefix is None else nullcontext():
+            for length, rows in length_groups(self.tower.lengths(given), given.shape[1]):
+                ids = given[rows, :length].to(self.device, non_blocking=True)
+                parts.append(self._encoded(ids, [first[row] for row in rows]))
+                order += rows
         place = torch.empty(len(order), dtype=torch.long)
         place[order] = torch.arange(len(order))
         return torch.cat(parts)[place[places].to(self.device, non_blocking=True)]

@@ -23,6 +23,7 @@ from clipfreeze.plan.closed_form import is_closed_form
 from clipfreeze.plan.sites import HeadSite, PromptSite
 from clipfreeze.policy.span import parse_span
 from clipfreeze.stored import WEIGHTS, read_weights
+from clipfreeze.train.attention_layout import laid_out
 from clipfreeze.train.auto_batch import largest_batch
 from clipfreeze.train.batches import Batch, Loaded, Tokenizer, TrainingLoader, Transform
 from clipfreeze.train.best import Best
@@ -255,6 +256,8 @@ class Run:
                 arranged.enter_context(channels_last(self.applied.model))
             if self.settings.compile:
                 arranged.enter_context(compiled_blocks(self.applied.model))
+            else:
+                arranged.enter_context(laid_out(self.applied.model))
             if self.settings.checkpoint_activations:
                 arranged.enter_context(recomputed(self.applied.model))
             yield

@@ -8,15 +8,18 @@ meet in a loss stays as it was drawn.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from clipfreeze.anatomy.partition import find_tower
 from clipfreeze.anatomy.parts import Tokens
 from clipfreeze.anatomy.pooled import Pooled
 from clipfreeze.anatomy.tokens import text_ends
+from clipfreeze.inject.factor import parameter_of
 from clipfreeze.inject.text_prompt import TextPrompt
 from clipfreeze.train.blocks import shadowed
 from clipfreeze.train.last_block import at_token
@@ -51,6 +54,19 @@ class TextTower:
         if self.tokens is None:
             return [ids.shape[1]] * len(ids)
         return (text_ends(self.tokens, ids) + 1).tolist()
+
+    @contextmanager
+    def looked_up(self, ids: Tensor) -> Iterator[None]:
+        """Inside, `ids` have been looked up together: each time makes a gradient as large as the table."""
+        trains = self.tokens is not None and parameter_of(self.model, self.tokens.table).requires_grad
+        if self.tokens is None or not (trains and torch.is_grad_enabled()):
+            yield
+            return
+        table = self.model.get_submodule(self.tokens.table.removesuffix(".weight"))
+        known = torch.unique(ids)
+        rows = table(known)
+        with shadowed(table, {"forward": lambda given: functional.embedding(torch.searchsorted(known, given), rows)}):
+            yield
 
     def encode(self, ids: Tensor, normalize: bool = True) -> Tensor:
         """ids: (B, l) -> (B, D) fp32 features, of rows that may be cut short."""

@@ -247,7 +247,7 @@ def test_dropout_reaches_one_third_of_a_fused_attention_also_without_gradients(g
         torch.manual_seed(5)
         found, _ = attention(x, x, x, need_weights=False)
         torch.manual_seed(5)
-        dropped = functional.dropout(x.transpose(0, 1), 0.5).transpose(0, 1)
+        dropped = functional.dropout(x.transpose(0, 1).contiguous(), 0.5).transpose(0, 1)
         weight = parameter_of(model, "visual.transformer.resblocks.0.attn.in_proj_weight")
         q, k, v = functional.linear(x, weight, attention.in_proj_bias).chunk(3, -1)
         q = q + 1.5 * dropped @ lora.A.T @ lora.B.T

@@ -7,10 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipfreeze.changes import Applied, apply
 from clipfreeze.plan.build import resolve
 from clipfreeze.policy.loading import load_policy
+from clipfreeze.train import given as given_module
+from clipfreeze.train import texts
 from clipfreeze.train.accumulate import backward_in_chunks
 from clipfreeze.train.batches import Draw, Loaded
 from clipfreeze.train.engine import make_accelerator
@@ -116,6 +119,54 @@ def test_loss_and_gradients_are_those_of_the_plain_forward(family, policy):
         assert_equal(learnt(applied, thrift.module, thrift.prepare(pictures)), plain)
     thrift.close()
     assert_equal(learnt(applied, thrift.module, batch), plain)
+
+
+@pytest.fixture
+def small_groups(monkeypatch) -> list[int]:
+    """Texts are told apart by two tokens, however few there are: the lengths of all groups."""
+    found: list[int] = []
+
+    def groups(lengths, longest):
+        for length, rows in length_groups(lengths, longest, fewest=1):
+            found.append(length)
+            yield length, rows
+
+    monkeypatch.setattr(texts, "STEP", 2)
+    monkeypatch.setattr(given_module, "length_groups", groups)
+    return found
+
+
+@pytest.mark.parametrize("policy", ["full", "prompt", "last_n"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_many_groups_of_texts_have_the_loss_and_gradients_of_the_batch(family, policy, small_groups):
+    applied = applied_to(family, policy)
+    batch = batch_of(applied)
+    thrift = thrifty(applied, batch)
+    plain = learnt(applied, thrift.module, batch)
+    thrift.enter(loaded_of(batch))
+    assert_equal(learnt(applied, thrift.module, thrift.prepare(loaded_of(batch))), plain)
+    assert (len(small_groups) > 1) == (not thrift.text.whole)
+
+
+class Tables(TorchDispatchMode):
+    """Counts the gradients that were made of whole tables."""
+
+    made = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.made += function is torch.ops.aten.embedding_dense_backward.default and args[2] == tiny.VOCABULARY
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_token_table_gets_one_gradient_for_all_groups(small_groups):
+    applied = applied_to("clip_vit", "full")
+    thrift = thrifty(applied, batch_of(applied))
+    loaded = loaded_of(batch_of(applied))
+    thrift.enter(loaded)
+    with Tables() as tables:
+        learnt(applied, thrift.module, thrift.prepare(loaded))
+    assert len(small_groups) > 1
+    assert tables.made == 1
 
 
 @pytest.mark.parametrize("policy", ["last_n", "lora", "prompt"])
