@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import statistics
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,22 +12,28 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks.cells import Cell, Gate, Side
+from benchmarks.floor import product_rate
 from clipfreeze.errors import RunError
 
 _GO, _TURN = "go", "turn"
 
 
-def in_turns(cell: Cell) -> tuple[Side, Side]:
-    """Ours and the peer's. RunError with the traceback of the side that failed."""
+def in_turns(cell: Cell) -> tuple[Side, Side, float]:
+    """Ours, the peer's, and the machine's FLOP/s, the median of what it was before each turn.
+
+    RunError with the traceback of the side that failed.
+    """
+    rates = []
     with ExitStack() as ending:
         waiting = [_Started(side, cell, ending) for side in (_ours, _peer)]
         while any(side.result is None for side in waiting):
+            rates.append(product_rate())
             for side in waiting:
                 side.take_turn()
         first, second = (side.result for side in waiting)
         assert first is not None
         assert second is not None
-        return first, second
+        return first, second, statistics.median(rates)
 
 
 class _Started:

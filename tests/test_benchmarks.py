@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.__main__ import with_row
 from benchmarks.cells import STRATEGIES, Cell, Side
 from benchmarks.ours import ours
 from benchmarks.peers import peer
@@ -55,6 +56,15 @@ def test_losses_that_differ_make_no_row():
     for other in (2.001, float("nan")):
         with pytest.raises(RunError, match="the loss of step 2"):
             losses_apart([1.0, 2.0], [1.0, other], 1e-4)
+
+
+def test_a_row_takes_the_place_of_its_strategy_among_those_of_the_same_machine():
+    here, there = {"cpu": "this"}, {"cpu": "that"}
+    kept = with_row(None, here, {"strategy": "full", "commit": "a"})
+    kept = with_row(kept, here, {"strategy": "logit_scale", "commit": "b"})
+    kept = with_row(kept, here, {"strategy": "full", "commit": "c"})
+    assert [(row["strategy"], row["commit"]) for row in kept["rows"]] == [("logit_scale", "b"), ("full", "c")]
+    assert len(with_row(kept, there, {"strategy": "lora", "commit": "d"})["rows"]) == 1
 
 
 PROSE = st.text(st.characters(exclude_characters="<"), max_size=20)

@@ -89,6 +89,11 @@ class Lora(Addition):
         here = out[..., start:stop] + self._increment(product, product.base[..., start:stop], bias).to(out.dtype)
         return torch.cat([out[..., :start], here, out[..., stop:]], -1)
 
+    @property
+    def drops(self) -> bool:
+        """Whether dropout is at work."""
+        return self.training and self.spec.dropout > 0
+
     def dropped(self, given: Tensor) -> Tensor:
         """What the factors are given."""
         return functional.dropout(given, self.spec.dropout, self.training)
@@ -175,9 +180,9 @@ def _plus_linear(placed: Sequence[tuple[Lora, tuple[int, int]]], product: Produc
     given, width = product.fed.flatten(0, -2), out.shape[-1]
     if not torch.is_autocast_enabled(given.device.type):
         given = given.to(placed[0][0].A.dtype)
-    alike = [(lora, place) for lora, place in placed if not (lora.training and lora.spec.dropout)]
+    alike = [(lora, place) for lora, place in placed if not lora.drops]
     groups = [(given, alike)] if alike else []
-    groups += [(lora.dropped(given), [(lora, place)]) for lora, place in placed if (lora, place) not in alike]
+    groups += [(lora.dropped(given), [(lora, place)]) for lora, place in placed if lora.drops]
     inner, outer = [], []
     for fed, group in groups:
         inner.append(fed @ torch.cat([lora.A for lora, _ in group]).T)

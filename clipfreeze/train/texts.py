@@ -63,7 +63,7 @@ class TextTower:
             yield
             return
         table = self.model.get_submodule(self.tokens.table.removesuffix(".weight"))
-        known = torch.unique(ids)
+        known = torch.unique(ids).to(table.weight.device, non_blocking=True)
         rows = table(known)
         with shadowed(table, {"forward": lambda given: functional.embedding(torch.searchsorted(known, given), rows)}):
             yield
