@@ -7,6 +7,7 @@ have taken theirs away. Norms, activations, the optimizer, decoding and Python c
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from typing import Any
@@ -19,13 +20,16 @@ from benchmarks.machine import device
 
 
 def flop_counter() -> FlopCounterMode:
-    """A context that counts what runs inside, on CPUs attention too, for which torch has no formula."""
+    """A context that counts what runs inside: on CPUs attention too, for which torch has no formula, and backward of
+    convolutions in groups, of which torch's own formula takes all channels for one group.
+    """
     aten = torch.ops.aten
     return FlopCounterMode(
         display=False,
         custom_mapping={
             aten._scaled_dot_product_flash_attention_for_cpu: _attention,
             aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+            aten.convolution_backward: _convolution_backward,
         },
     )
 
@@ -39,6 +43,12 @@ def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
 def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
     count: Any = torch_flops.sdpa_backward_flop_count
     return count(grad, query, key, value)
+
+
+def _convolution_backward(grad: Any, x: Any, weight: Any, *rest: Any, **_: Any) -> Any:
+    """Shapes (B, out, ...), (B, in, ...), (out, in / groups, ...): gradients of x and weight cost the forward each."""
+    wanted = rest[-1]
+    return 2 * math.prod(grad) * math.prod(weight[1:]) * sum(wanted[:2])
 
 
 def product_rate(rows: int = 3200) -> float:

@@ -1,11 +1,14 @@
 """The benchmarks measure what they say: peers compute the same loss, rows tell it, the README's block is whole."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from benchmarks.__main__ import with_row
 from benchmarks.cells import STRATEGIES, Cell, Side
+from benchmarks.floor import flop_counter
 from benchmarks.ours import ours
 from benchmarks.peers import peer
 from benchmarks.table import BEGIN, END, compare, losses_apart, table, with_block
@@ -42,6 +45,22 @@ def test_a_row_has_steps_runs_memory_and_floor():
     assert row["floor_s"] > 0
     assert row["peak_mb"]["peer"] >= row["imported_mb"]["peer"] > 0
     assert table([row]).count("\n") == 2
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_backward_of_a_convolution_is_counted_as_two_forwards(groups):
+    convolution = nn.Conv2d(8, 16, 3, groups=groups)
+    x = torch.randn(2, 8, 9, 9, requires_grad=True)
+    with flop_counter() as forward:
+        out = convolution(x)
+    with flop_counter() as backward:
+        out.sum().backward()
+    assert forward.get_total_flops() == 2 * 2 * 16 * 7 * 7 * (8 // groups) * 9
+    assert backward.get_total_flops() == 2 * forward.get_total_flops()
+    out = convolution(x.detach())
+    with flop_counter() as of_weight:
+        out.sum().backward()
+    assert of_weight.get_total_flops() == forward.get_total_flops()
 
 
 def test_a_run_is_what_was_measured_and_steady_steps_for_the_rest():
