@@ -2,7 +2,8 @@
 
     python -m benchmarks.ranks [last_n full] [--model ViT-B-32] [--batch-size 64]
 
-The cores are divided over the ranks, or each has a GPU of its own.
+The cores are divided over the ranks, or each has a GPU of its own. They share what they keep by a folder: without
+`--cache-dir` each would work out again what only the other has seen.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 
 from benchmarks.cells import Cell
 from benchmarks.machine import machine, peak_mb
@@ -37,16 +39,20 @@ def main() -> None:
     parser.add_argument("strategies", nargs="*", default=["last_n", "full"])
     parser.add_argument("--model", choices=MODELS, default="ViT-B-32")
     parser.add_argument("--batch-size", type=int, default=64, help="of all ranks together")
+    parser.add_argument("--cache-dir", help="a temporary one unless named")
     options = parser.parse_args()
     if ranks := int(os.environ.get("WORLD_SIZE", 0)):  # torchrun's
         threads = max(1, (os.cpu_count() or 1) // ranks)
         for strategy in options.strategies:
-            measure(Cell(options.model, strategy, options.batch_size, threads=threads))
+            settings = {"cache_dir": options.cache_dir}
+            measure(Cell(options.model, strategy, options.batch_size, threads=threads, settings=settings))
         return
     print(json.dumps(machine()), flush=True)
     for ranks in RANKS:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        subprocess.run([*launch, "-m", "benchmarks.ranks", *sys.argv[1:]], check=True)
+        with tempfile.TemporaryDirectory() as folder:
+            command = [*launch, "-m", "benchmarks.ranks", *sys.argv[1:]]
+            subprocess.run([*command, *([] if options.cache_dir else ["--cache-dir", folder])], check=True)
 
 
 if __name__ == "__main__":

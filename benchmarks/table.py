@@ -35,7 +35,7 @@ def compare(cell: Cell, ours: Side, peer: Side, rate: float, tolerance: float) -
     known = 1 if cell.how.draws else len(ours.losses)
     apart = losses_apart(ours.losses[:known], peer.losses[:known], tolerance)
     floor = ours.flops / rate
-    run_seconds = {n: ours.run(n) for n in RUNS}
+    run_seconds = {str(n): (ours.run(n), peer.run(n)) for n in RUNS}  # as JSON has them
     return {
         "model": cell.model,
         "strategy": cell.strategy,
@@ -48,8 +48,8 @@ def compare(cell: Cell, ours: Side, peer: Side, rate: float, tolerance: float) -
         "step_s": {"ours": ours.step, "peer": peer.step},
         "ratio": peer.step / ours.step,
         "target": cell.how.target,
-        "run_s": {n: {"ours": seconds, "peer": peer.run(n)} for n, seconds in run_seconds.items()},
-        "run_ratio": {n: peer.run(n) / seconds for n, seconds in run_seconds.items()},
+        "run_s": {n: {"ours": own, "peer": other} for n, (own, other) in run_seconds.items()},
+        "run_ratio": {n: other / own for n, (own, other) in run_seconds.items()},
         "peak_mb": {"ours": ours.peak_mb, "peer": peer.peak_mb},
         "imported_mb": {"ours": ours.imported_mb, "peer": peer.imported_mb},
         "flops": ours.flops,
@@ -75,7 +75,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{step['peer']:.3g}",
         f"{step['ours']:.3g}",
         _times(row["ratio"]),
-        *(_times(row["run_ratio"][n]) for n in RUNS),
+        *(_times(row["run_ratio"][str(n)]) for n in RUNS),
         f"{peak['peer']:.0f}",
         f"{peak['ours']:.0f}",
         f"{row['floor_s']:.2g}",

@@ -1,5 +1,7 @@
 """The benchmarks measure what they say: peers compute the same loss, rows tell it, the README's block is whole."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given
@@ -45,6 +47,7 @@ def test_a_row_has_steps_runs_memory_and_floor():
     assert row["floor_s"] > 0
     assert row["peak_mb"]["peer"] >= row["imported_mb"]["peer"] > 0
     assert table([row]).count("\n") == 2
+    assert table(json.loads(json.dumps([row]))) == table([row])
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])

@@ -23,6 +23,7 @@ from clipfreeze.changes import Applied
 from clipfreeze.plan.sites import AdapterSite, PromptSite
 from clipfreeze.train.batches import Batch, Draw, Loaded, TrainingSamples
 from clipfreeze.train.dice import dice_on, undrawn
+from clipfreeze.train.distributed import world_size
 from clipfreeze.train.given import Images, Texts
 from clipfreeze.train.identity import picture_name, prefix_name, short_digest, transform_name
 from clipfreeze.train.kept import Budget, Kept, Memory
@@ -172,7 +173,8 @@ class Thrift:
             self.names[tower] = name
             address = self._picture_name if tower == "vision" else _as_it_is
             self.kept[tower] = Kept(Memory(self.budget), dtype, self._store(tower, name), address)
-        self.notes.append(f"{tower} tower: {done} once a {'picture' if tower == 'vision' else 'caption'}")
+        apart = " and rank (--cache-dir shares it)" if world_size() > 1 and self.settings.cache_dir is None else ""
+        self.notes.append(f"{tower} tower: {done} once a {'picture' if tower == 'vision' else 'caption'}{apart}")
 
     def _passing(self) -> str:
         """Why pictures do not come again as they were, if so."""
