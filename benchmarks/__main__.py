@@ -51,8 +51,7 @@ def shown(kept: dict[str, Any]) -> str:
 
 def with_row(kept: dict[str, Any] | None, facts: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     """What is kept with this row in it: beside those that the same machine has measured of other strategies."""
-    same = kept is not None and kept["machine"] == facts
-    rows = {old["strategy"]: old for old in kept["rows"]} if kept is not None and same else {}
+    rows = {old["strategy"]: old for old in kept["rows"]} if kept is not None and kept["machine"] == facts else {}
     rows[row["strategy"]] = row
     return {"machine": facts, "rows": sorted(rows.values(), key=lambda row: list(STRATEGIES).index(row["strategy"]))}
 

@@ -45,10 +45,9 @@ class Lora(Addition):
     def __init__(self, site: LoraSite, weight: nn.Parameter, fresh: bool) -> None:
         super().__init__()
         self.product, self.rows, self.spec = site.product, site.rows, site.spec
-        plain = self.spec.variant != "dora" and self.spec.init != "pissa"  # whose two products cancel to the bit
-        self.linear = plain and site.product in ("linear", "factor")
+        pissa = self.spec.init == "pissa"  # whose two products must cancel to the bit
+        self.linear = site.product in ("linear", "factor") and self.spec.variant != "dora" and not pissa
         a, b = (torch.zeros(added.shape, device=weight.device) for added in site.added[:2])
-        pissa = self.spec.init == "pissa"
         if fresh:
             a, b = self._start(a, b, weight) if pissa else (_drawn(a, self.spec.init), b)
         self.A, self.B = nn.Parameter(a), nn.Parameter(b)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -65,7 +64,7 @@ class Texts:
         if self.tower.prompts:  # placeholders take up length while the prompt is on
             given = self.tower.rewritten(given.to(self.device)).cpu()
         parts, order = [], []
-        with self.tower.looked_up(given) if self.prefix is None else nullcontext():
+        with self.tower.looked_up(given):
             for length, rows in length_groups(self.tower.lengths(given), given.shape[1]):
                 ids = given[rows, :length].to(self.device, non_blocking=True)
                 parts.append(self._encoded(ids, [first[row] for row in rows]))

@@ -8,7 +8,7 @@ meet in a loss stays as it was drawn.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from clipfreeze.anatomy.partition import find_tower
 from clipfreeze.anatomy.parts import Tokens
 from clipfreeze.anatomy.pooled import Pooled
 from clipfreeze.anatomy.tokens import text_ends
-from clipfreeze.inject.factor import parameter_of
 from clipfreeze.inject.text_prompt import TextPrompt
 from clipfreeze.train.blocks import shadowed
 from clipfreeze.train.last_block import at_token
@@ -55,18 +54,16 @@ class TextTower:
             return [ids.shape[1]] * len(ids)
         return (text_ends(self.tokens, ids) + 1).tolist()
 
-    @contextmanager
-    def looked_up(self, ids: Tensor) -> Iterator[None]:
-        """Inside, `ids` have been looked up together: each time makes a gradient as large as the table."""
-        trains = self.tokens is not None and parameter_of(self.model, self.tokens.table).requires_grad
-        if self.tokens is None or not (trains and torch.is_grad_enabled()):
-            yield
-            return
+    def looked_up(self, ids: Tensor) -> AbstractContextManager[None]:
+        """Inside, `ids` have been looked up together: each time makes a gradient as large as a table that trains."""
+        if self.tokens is None or not torch.is_grad_enabled():
+            return nullcontext()
         table = self.model.get_submodule(self.tokens.table.removesuffix(".weight"))
+        if not table.weight.requires_grad:
+            return nullcontext()
         known = torch.unique(ids).to(table.weight.device, non_blocking=True)
         rows = table(known)
-        with shadowed(table, {"forward": lambda given: functional.embedding(torch.searchsorted(known, given), rows)}):
-            yield
+        return shadowed(table, {"forward": lambda given: functional.embedding(torch.searchsorted(known, given), rows)})
 
     def encode(self, ids: Tensor, normalize: bool = True) -> Tensor:
         """ids: (B, l) -> (B, D) fp32 features, of rows that may be cut short."""
